@@ -1,0 +1,2 @@
+//! ringmillctl
+fn main() {}

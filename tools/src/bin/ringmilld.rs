@@ -1,0 +1,2 @@
+//! ringmilld
+fn main() {}
