@@ -1,0 +1,95 @@
+//! Every bound of the system, with its unit in its name and its reason above it.
+//!
+//! **Invariant:** relations between bounds are asserted here at compile time, so that no code has to hope for them.
+
+/// virtio counts disk offsets in sectors of this size whatever the block size is (virtio 1.2 §5.2.6).
+pub const SECTOR_BYTES: u32 = 512;
+
+/// Requests in one batch between a worker and its channel: enough to amortise the call, small enough for L1.
+pub const BATCH_REQUESTS_MAX: usize = 64;
+
+/// Ring entries a virtqueue may have (virtio 1.2 §2.7: the largest power of two in 16 bits).
+pub const QUEUE_SIZE_MAX: u16 = 32768;
+
+/// Descriptors in one chain. Windows' viostor sends chains longer than the queue, so the bound is the largest queue.
+pub const CHAIN_DESCRIPTORS_MAX: usize = 32768;
+
+/// Segments that one batch can hold; one chain of the largest size always fits into an empty batch.
+pub const BATCH_SEGMENTS_MAX: usize = CHAIN_DESCRIPTORS_MAX;
+
+/// Requests of one virtqueue that may be in flight. A queue of more entries simply waits longer on its ring.
+pub const QUEUE_INFLIGHT_MAX: usize = 1024;
+
+/// Bytes that one queue may start per pass of the reactor (one request always may): keeps a pass short for neighbours.
+pub const PASS_BYTES_MAX: u64 = 2 << 20;
+
+/// Virtqueues of one controller: one per vCPU of a large guest.
+pub const CONTROLLER_QUEUES_MAX: u16 = 64;
+
+/// Memory regions per session: what QEMU itself supports with memory hot-plug.
+pub const MEMORY_REGIONS_MAX: usize = 509;
+
+/// Mappings of foreign memory that the SIGBUS handler knows: a thousand sessions of up to eight regions and some more.
+pub const FOREIGN_MAPPINGS_MAX: usize = 16384;
+
+/// Segments that a taken request keeps without pool memory: what a guest's page-sized and readahead I/O needs.
+pub const SEGMENTS_INLINE: usize = 4;
+
+/// Segments of a medium list: a guest's `seg_max` of 126 and Windows' 129.
+pub const SEGMENTS_MEDIUM: usize = 160;
+
+/// Medium lists per reactor.
+pub const SEGMENT_LISTS_MEDIUM: usize = 256;
+
+/// Lists of the longest possible chain per reactor.
+pub const SEGMENT_LISTS_LARGE: usize = 4;
+
+/// One bounce buffer. Larger requests go piece by piece.
+pub const BOUNCE_BYTES: usize = 128 << 10;
+
+/// Bounce buffers per reactor (4 MiB of address space, touched on first use).
+pub const BOUNCE_BUFFERS: usize = 32;
+
+/// The largest block size of a backend: a sub-block write must fit into one bounce buffer with both its edges.
+pub const BLOCK_BYTES_MAX: u32 = 64 << 10;
+
+/// Submission entries of a reactor's io_uring.
+pub const RING_SQ_ENTRIES: u32 = 1024;
+
+/// Completion entries of a reactor's io_uring; also the bound on its operations in flight.
+pub const RING_CQ_ENTRIES: u32 = 8192;
+
+/// Users of one reactor's ring: channels and pollers with a kick fd.
+pub const RING_CLIENTS_MAX: usize = 4096;
+
+/// Files registered with one reactor's ring.
+pub const RING_FILES_MAX: u32 = 4096;
+
+/// Messages waiting in a reactor's mailbox.
+pub const MAILBOX_MESSAGES_MAX: usize = 4096;
+
+/// Messages that a reactor handles per pass, so that a flood of control messages does not starve guests.
+pub const MAILBOX_MESSAGES_PER_PASS: usize = 16;
+
+/// Reactors of one daemon; also the width of every core mask.
+pub const CORES_MAX: usize = 1024;
+
+/// Bytes of a bdev or controller name.
+pub const NAME_BYTES_MAX: usize = 128;
+
+/// Bytes of the GET_ID answer (virtio 1.2 §5.2.6).
+pub const SERIAL_BYTES: usize = 20;
+
+/// Block-lock buckets per bdev (see `bdev::align`).
+pub const BLOCK_LOCK_BUCKETS: usize = 256;
+
+/// The span of a disk that shares one block lock.
+pub const BLOCK_LOCK_SPAN_BYTES: u64 = 1 << 20;
+
+const _: () = assert!(BATCH_SEGMENTS_MAX >= CHAIN_DESCRIPTORS_MAX);
+const _: () = assert!(CHAIN_DESCRIPTORS_MAX >= QUEUE_SIZE_MAX as usize);
+const _: () = assert!(SEGMENTS_MEDIUM < CHAIN_DESCRIPTORS_MAX);
+const _: () = assert!(BLOCK_BYTES_MAX as usize * 2 <= BOUNCE_BYTES);
+const _: () = assert!(BATCH_REQUESTS_MAX <= QUEUE_INFLIGHT_MAX);
+const _: () = assert!(RING_CQ_ENTRIES >= 2 * RING_SQ_ENTRIES);
+const _: () = assert!(RING_CLIENTS_MAX <= u16::MAX as usize);

@@ -1,0 +1,193 @@
+//! A mapping of memory that somebody else may write, truncate or take away.
+//!
+//! Flow: a file descriptor from a front-end (or nothing, for our own memory) → a mapped range → regions and rings.
+//! Owner: created and dropped on a control thread; shared by `Arc` with reactors.
+//! **Invariant:** a foreign mapping is known to the SIGBUS handler for its whole life.
+#![expect(unsafe_code)] // UNSAFETY: mmap of file descriptors; nothing here is ever exposed as `&[u8]`.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::ptr::NonNull;
+
+use memmap2::{MmapOptions, MmapRaw};
+use thiserror::Error;
+
+use super::sigbus;
+use crate::units::usize_of;
+
+/// Why memory could not be mapped.
+#[derive(Debug, Error)]
+pub enum MappingError {
+    /// Zero length or an end beyond 64 bits.
+    #[error(
+        "memory region of {len_bytes} bytes at file offset {offset_bytes} is empty or too long"
+    )]
+    Length {
+        /// Offset into the file.
+        offset_bytes: u64,
+        /// Length asked for.
+        len_bytes: u64,
+    },
+    /// The file ends before the region does: touching it would be a SIGBUS.
+    #[error(
+        "the file behind a memory region has {file_bytes} bytes, the region needs {need_bytes}; \
+         give the memory backend its full size before connecting"
+    )]
+    FileTooShort {
+        /// Bytes in the file.
+        file_bytes: u64,
+        /// Bytes that the region needs.
+        need_bytes: u64,
+    },
+    /// Too many foreign mappings at once.
+    #[error("more than {0} memory regions of other processes are mapped; disconnect some guests")]
+    TooMany(usize),
+    /// The kernel refused.
+    #[error("cannot map {len_bytes} bytes of shared memory: {source}")]
+    Mmap {
+        /// Length asked for.
+        len_bytes: u64,
+        /// The kernel's reason.
+        source: std::io::Error,
+    },
+}
+
+/// A mapped range of bytes. Dropping it unmaps; see the module header for who may still use it then (nobody).
+#[derive(Debug)]
+pub struct Mapping {
+    raw: MmapRaw,
+    /// Bytes between the start of `raw` and the first byte asked for (rounding to the file's block).
+    lead_bytes: usize,
+    len_bytes: usize,
+    guard: Option<sigbus::Guard>,
+}
+
+impl Mapping {
+    /// Maps `len_bytes` of another process's memory from `offset_bytes` of `fd`, shared and writable.
+    ///
+    /// Offset and length are rounded out to the file's block size, which for hugetlb files is the page size.
+    ///
+    /// # Errors
+    /// Empty or overflowing ranges, a file that is shorter than the range, more than
+    /// [`FOREIGN_MAPPINGS_MAX`](crate::limits::FOREIGN_MAPPINGS_MAX) mappings, or the kernel's refusal.
+    pub fn foreign(
+        fd: &OwnedFd,
+        offset_bytes: u64,
+        len_bytes: u64,
+    ) -> Result<Mapping, MappingError> {
+        let length_error = || MappingError::Length { offset_bytes, len_bytes };
+        let end = offset_bytes
+            .checked_add(len_bytes)
+            .filter(|_| len_bytes > 0)
+            .ok_or_else(length_error)?;
+        let mmap_error = |source| MappingError::Mmap { len_bytes, source };
+
+        let file = File::from(fd.as_fd().try_clone_to_owned().map_err(mmap_error)?);
+        let meta = file.metadata().map_err(mmap_error)?;
+        if meta.file_type().is_file() && meta.len() < end {
+            return Err(MappingError::FileTooShort { file_bytes: meta.len(), need_bytes: end });
+        }
+        let block = meta.blksize().max(4096).next_power_of_two();
+        let start = offset_bytes & !(block - 1);
+        let rounded_end = end.checked_add(block - 1).ok_or_else(length_error)? & !(block - 1);
+        let map_len = usize_of(rounded_end - start);
+        if isize::try_from(map_len).is_err() {
+            return Err(length_error());
+        }
+        let raw =
+            MmapOptions::new().offset(start).len(map_len).map_raw(&file).map_err(mmap_error)?;
+        let guard = sigbus::Guard::register(raw.as_mut_ptr() as usize, map_len)
+            .ok_or(MappingError::TooMany(crate::limits::FOREIGN_MAPPINGS_MAX))?;
+        Ok(Mapping {
+            raw,
+            lead_bytes: usize_of(offset_bytes - start),
+            len_bytes: usize_of(len_bytes),
+            guard: Some(guard),
+        })
+    }
+
+    /// Private zeroed memory of our own, page aligned.
+    ///
+    /// # Errors
+    /// Zero length, or the kernel's refusal.
+    pub fn anonymous(len_bytes: usize) -> Result<Mapping, MappingError> {
+        if len_bytes == 0 {
+            return Err(MappingError::Length { offset_bytes: 0, len_bytes: 0 });
+        }
+        let map = MmapOptions::new()
+            .len(len_bytes)
+            .map_anon()
+            .map_err(|source| MappingError::Mmap { len_bytes: len_bytes as u64, source })?;
+        Ok(Mapping { raw: map.into(), lead_bytes: 0, len_bytes, guard: None })
+    }
+
+    /// Our own memory behind a file descriptor (a memfd), which nobody else can shorten.
+    ///
+    /// # Errors
+    /// As for [`Mapping::foreign`].
+    pub fn own_file(file: &File, len_bytes: usize) -> Result<Mapping, MappingError> {
+        let raw = MmapOptions::new()
+            .len(len_bytes)
+            .map_raw(file)
+            .map_err(|source| MappingError::Mmap { len_bytes: len_bytes as u64, source })?;
+        Ok(Mapping { raw, lead_bytes: 0, len_bytes, guard: None })
+    }
+
+    /// The first byte.
+    #[must_use]
+    pub fn base(&self) -> NonNull<u8> {
+        // SAFETY: `lead_bytes` < the mapped length (established in `foreign`), and mmap never returns null.
+        unsafe { NonNull::new_unchecked(self.raw.as_mut_ptr().add(self.lead_bytes)) }
+    }
+
+    /// Bytes mapped.
+    #[must_use]
+    pub fn len_bytes(&self) -> usize {
+        self.len_bytes
+    }
+
+    /// True once the owner of the memory took it away and the handler put zero pages in its place.
+    #[must_use]
+    pub fn failed(&self) -> bool {
+        self.guard.as_ref().is_some_and(sigbus::Guard::failed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+
+    use super::*;
+
+    fn memfd(len: u64) -> OwnedFd {
+        let fd = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&fd, len).unwrap();
+        fd
+    }
+
+    #[test]
+    fn refuses_ranges_outside_the_file() {
+        let fd = memfd(8192);
+        assert!(matches!(
+            Mapping::foreign(&fd, 4096, 8192),
+            Err(MappingError::FileTooShort { .. })
+        ));
+        assert!(matches!(Mapping::foreign(&fd, u64::MAX, 2), Err(MappingError::Length { .. })));
+        assert!(matches!(Mapping::foreign(&fd, 0, 0), Err(MappingError::Length { .. })));
+        assert_eq!(Mapping::foreign(&fd, 4096, 4096).unwrap().len_bytes(), 4096);
+    }
+
+    #[test]
+    fn a_truncated_file_turns_into_zero_pages_and_a_flag() {
+        super::super::install_sigbus_handler().unwrap();
+        let fd = memfd(8192);
+        let map = Mapping::foreign(&fd, 0, 8192).unwrap();
+        rustix::fs::ftruncate(&fd, 0).unwrap();
+        assert!(!map.failed());
+        // SAFETY: inside the mapping made above; the handler answers the SIGBUS.
+        let byte = unsafe { map.base().as_ptr().add(5000).read_volatile() };
+        assert_eq!(byte, 0);
+        assert!(map.failed());
+    }
+}

@@ -1,0 +1,21 @@
+//! Memory that guests, the kernel or devices also reach: mappings, the guest's region table, segments, bounce buffers.
+//!
+//! **Invariant:** nobody outside this module turns an address into a pointer. A [`Segment`] exists only as the result
+//! of a bounds-checked translation or as a piece of a pool, and the owner of the table keeps the mapping until every
+//! request that carries one of its segments has been completed (`Poller::quiesce` is the barrier).
+
+mod bounce;
+mod guest;
+mod mapping;
+mod seglist;
+mod segment;
+mod shared;
+mod sigbus;
+
+pub use bounce::{Bounce, BouncePool};
+pub use guest::{MemTable, MemTableError, Region, RegionSpec};
+pub use mapping::{Mapping, MappingError};
+pub use seglist::{SegmentList, SegmentLists};
+pub use segment::{RegionId, Segment, pieces, total_bytes};
+pub use shared::SharedSlice;
+pub use sigbus::install_sigbus_handler;

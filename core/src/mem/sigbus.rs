@@ -1,0 +1,112 @@
+//! SIGBUS safety: a front-end that truncates its memory file must not kill the daemon.
+//!
+//! Flow: mappings register here; the handler finds the faulting address in a fixed lock-free table, puts zero pages over
+//! the whole mapping and raises its flag. Control threads register and unregister, any thread may fault.
+//! **Invariant:** the handler only loads and stores atomics and calls `mmap`/`sigaction`; unknown addresses re-raise.
+#![expect(unsafe_code)] // UNSAFETY: a signal handler and MAP_FIXED over ranges that this table owns.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use crate::limits::FOREIGN_MAPPINGS_MAX;
+
+struct Entry {
+    /// 0: free. Published last, cleared first.
+    start: AtomicUsize,
+    len_bytes: AtomicUsize,
+    failed: AtomicBool,
+    claimed: AtomicBool,
+}
+
+static TABLE: [Entry; FOREIGN_MAPPINGS_MAX] = [const {
+    Entry {
+        start: AtomicUsize::new(0),
+        len_bytes: AtomicUsize::new(0),
+        failed: AtomicBool::new(false),
+        claimed: AtomicBool::new(false),
+    }
+}; FOREIGN_MAPPINGS_MAX];
+
+/// One mapping's entry in the table; dropping it frees the entry.
+#[derive(Debug)]
+pub(super) struct Guard {
+    index: usize,
+}
+
+impl Guard {
+    /// Enters a mapping, or `None` when the table is full.
+    pub(super) fn register(start: usize, len_bytes: usize) -> Option<Guard> {
+        for (index, entry) in TABLE.iter().enumerate() {
+            if entry.claimed.load(Ordering::Relaxed) || entry.claimed.swap(true, Ordering::Acquire)
+            {
+                continue;
+            }
+            entry.failed.store(false, Ordering::Relaxed);
+            entry.len_bytes.store(len_bytes, Ordering::Relaxed);
+            entry.start.store(start, Ordering::Release);
+            return Some(Guard { index });
+        }
+        None
+    }
+
+    pub(super) fn failed(&self) -> bool {
+        TABLE[self.index].failed.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        let entry = &TABLE[self.index];
+        entry.start.store(0, Ordering::Relaxed);
+        entry.claimed.store(false, Ordering::Release);
+    }
+}
+
+extern "C" fn handler(
+    _signal: libc::c_int,
+    info: *mut libc::siginfo_t,
+    _context: *mut libc::c_void,
+) {
+    // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler.
+    let addr = unsafe { (*info).si_addr() } as usize;
+    for entry in &TABLE {
+        let start = entry.start.load(Ordering::Acquire);
+        let len_bytes = entry.len_bytes.load(Ordering::Relaxed);
+        if start == 0 || addr < start || addr - start >= len_bytes {
+            continue;
+        }
+        // SAFETY: the range is one whole mapping that its `Guard` keeps registered while it exists; replacing its pages
+        // by zero pages invalidates no pointer into it.
+        let got = unsafe {
+            libc::mmap(
+                start as *mut libc::c_void,
+                len_bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if got != libc::MAP_FAILED {
+            entry.failed.store(true, Ordering::Relaxed);
+            return;
+        }
+    }
+    // Not ours: let the default action report the real bug when the instruction runs again.
+    // SAFETY: setting a default disposition is async-signal-safe.
+    unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
+}
+
+/// Installs the handler for the process. Called once before the first foreign mapping is made.
+///
+/// # Errors
+/// The kernel's refusal of `sigaction`.
+pub fn install_sigbus_handler() -> io::Result<()> {
+    // SAFETY: an all-zero sigaction is a valid starting point; every field used is set below.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = handler as *const () as usize;
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
+    // SAFETY: `action` is initialised and `handler` has the signature that SA_SIGINFO asks for.
+    let rc = unsafe { libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut()) };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

@@ -1,0 +1,18 @@
+//! Reactors: one busy-polling thread per core, its clock, ring, mailbox, pollers and sleep.
+
+mod clock;
+mod context;
+mod handle;
+mod pass;
+mod poller;
+mod ring;
+mod sleep;
+
+pub use clock::{Clock, Entropy, ns_to_ticks, tick_rate, ticks_now};
+pub use context::{IoCx, ReactorCx};
+pub use handle::{
+    IdlePolicy, Message, ReactorConfig, ReactorError, ReactorHandle, ReactorStats, spawn,
+};
+pub use pass::Reactor;
+pub use poller::{Done, Poller, PollerCounters, PollerId, PollerInfo};
+pub use ring::{ClientId, FixedFile, Ring, RingError, RingEvent};

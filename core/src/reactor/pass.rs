@@ -1,0 +1,314 @@
+//! HOT PATH
+//! The reactor's loop.
+//!
+//! Owner: the reactor thread. **Invariant:** a pass makes no system call unless the ring has something to submit or
+//! to run, and no poller is skipped.
+//!
+//! loop:
+//!   messages (bounded) → reap ring → poll every poller → timers → commit ring → account
+//!   without work for the spin time: announce sleep → prepare every poller → wait on the ring
+
+use std::any::Any;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::limits::MAILBOX_MESSAGES_PER_PASS;
+
+use super::clock::ticks_now;
+use super::handle::Shared;
+use super::{
+    ClientId, IdlePolicy, Poller, PollerCounters, PollerId, ReactorCx, ReactorHandle, RingError,
+};
+
+/// The longest sleep: a safety net, not a mechanism.
+const SLEEP_MAX: Duration = Duration::from_secs(1);
+const WAKE_TOKEN: u64 = 1;
+
+struct Entry {
+    id: PollerId,
+    poller: Box<dyn Poller>,
+    counters: Arc<PollerCounters>,
+}
+
+struct Timed {
+    entry: Entry,
+    period_ns: u64,
+    due_ns: u64,
+}
+
+/// A reactor, as its own thread and the messages that run on it see it.
+pub struct Reactor {
+    /// What pollers and channels use.
+    pub cx: ReactorCx,
+    pollers: Vec<Entry>,
+    timed: Vec<Timed>,
+    shared: Arc<Shared>,
+    wake_client: ClientId,
+    last_work_ns: u64,
+    last_ticks: u64,
+}
+
+impl std::fmt::Debug for Reactor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Reactor").field("pollers", &self.pollers.len()).finish_non_exhaustive()
+    }
+}
+
+#[inline]
+fn bump(cell: &AtomicU64, by: u64) {
+    cell.store(cell.load(Ordering::Relaxed).wrapping_add(by), Ordering::Relaxed);
+}
+
+impl Reactor {
+    #[cold]
+    pub(super) fn new(mut cx: ReactorCx, shared: Arc<Shared>) -> Result<Reactor, RingError> {
+        let mut wake_client = None;
+        if let Some(ring) = &mut cx.io.ring {
+            ring.enable()?;
+            let client = ring.add_client(4)?;
+            ring.watch(client, WAKE_TOKEN, shared.wake_fd.as_raw_fd());
+            wake_client = Some(client);
+        }
+        let wake_client = wake_client.ok_or(RingError::Clients)?;
+        let last_work_ns = cx.io.clock.now_ns();
+        Ok(Reactor {
+            cx,
+            pollers: Vec::with_capacity(64),
+            timed: Vec::with_capacity(16),
+            shared,
+            wake_client,
+            last_work_ns,
+            last_ticks: ticks_now(),
+        })
+    }
+
+    pub(super) fn run(&mut self) {
+        while !self.shared.stop.load(Ordering::Relaxed) {
+            let work = self.pass();
+            self.account(work);
+            if work {
+                self.last_work_ns = self.cx.pass_ns;
+            } else if let IdlePolicy::Adaptive { spin_ns } = self.shared.idle()
+                && self.cx.pass_ns.saturating_sub(self.last_work_ns) >= spin_ns
+            {
+                self.sleep();
+            }
+        }
+        self.detach_all();
+    }
+
+    /// One pass over everything; true when work was found.
+    pub fn pass(&mut self) -> bool {
+        self.cx.pass_ns = self.cx.io.clock.now_ns();
+        let mut work = false;
+        if !self.shared.mailbox.is_empty() {
+            work |= self.read_mailbox();
+        }
+        if let Some(ring) = &mut self.cx.io.ring {
+            work |= ring.reap() > 0;
+            if ring.has_events(self.wake_client) {
+                self.rearm_wake();
+            }
+        }
+        for entry in &mut self.pollers {
+            let busy = entry.poller.poll(&mut self.cx);
+            entry.counters.note(busy);
+            work |= busy;
+        }
+        if !self.timed.is_empty() {
+            work |= self.run_timers();
+        }
+        if let Some(ring) = &mut self.cx.io.ring {
+            ring.commit();
+        }
+        work
+    }
+
+    #[inline]
+    fn account(&mut self, work: bool) {
+        let now = ticks_now();
+        let spent = now.wrapping_sub(self.last_ticks);
+        self.last_ticks = now;
+        let stats = &self.shared.stats;
+        bump(if work { &stats.busy_ticks } else { &stats.idle_ticks }, spent);
+        bump(&stats.passes_count, 1);
+        if work {
+            if let Some(ring) = &self.cx.io.ring {
+                stats.ring_enters_count.store(ring.enters_count(), Ordering::Relaxed);
+            }
+            stats.bounces_count.store(self.cx.io.bounce.taken_count(), Ordering::Relaxed);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn read_mailbox(&mut self) -> bool {
+        let mut work = false;
+        for _ in 0..MAILBOX_MESSAGES_PER_PASS {
+            let Some(message) = self.shared.mailbox.pop() else { break };
+            message(self);
+            work = true;
+        }
+        work
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn rearm_wake(&mut self) {
+        let Some(ring) = &mut self.cx.io.ring else { return };
+        while let Some(event) = ring.next_event(self.wake_client) {
+            if !event.more {
+                ring.watch(self.wake_client, WAKE_TOKEN, self.shared.wake_fd.as_raw_fd());
+            }
+        }
+        // The counter is never read: a multishot poll reports each write, and 2^64 writes do not happen.
+    }
+
+    #[inline(never)]
+    fn run_timers(&mut self) -> bool {
+        let mut work = false;
+        for timed in &mut self.timed {
+            if timed.due_ns <= self.cx.pass_ns {
+                timed.due_ns = self.cx.pass_ns + timed.period_ns;
+                let busy = timed.entry.poller.poll(&mut self.cx);
+                timed.entry.counters.note(busy);
+                work |= busy;
+            }
+        }
+        work
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn sleep(&mut self) {
+        self.shared.sleep.announce();
+        let mut awake = !self.shared.mailbox.is_empty() || self.shared.stop.load(Ordering::Acquire);
+        for entry in &mut self.pollers {
+            // Every poller is asked even after one has said no: each must publish its wish to be notified or keep
+            // polling, and asking is idempotent.
+            awake |= entry.poller.prepare_sleep(&mut self.cx);
+        }
+        if let Some(ring) = &mut self.cx.io.ring {
+            ring.commit();
+            awake |= ring.reap() > 0;
+            if !awake {
+                let next_due = self.timed.iter().map(|t| t.due_ns).min();
+                let now = self.cx.io.clock.now_ns();
+                let timeout =
+                    next_due.map_or(SLEEP_MAX, |due| Duration::from_nanos(due.saturating_sub(now)));
+                ring.wait(timeout.min(SLEEP_MAX));
+                bump(&self.shared.stats.sleeps_count, 1);
+            }
+            if let Some(error) = ring.take_error() {
+                tracing::error!("the reactor's io_uring reports: {error}");
+            }
+        }
+        self.shared.sleep.clear();
+    }
+
+    #[cold]
+    fn detach_all(&mut self) {
+        for mut entry in self.pollers.drain(..).chain(self.timed.drain(..).map(|t| t.entry)) {
+            entry.poller.detach(&mut self.cx);
+        }
+    }
+
+    #[cold]
+    fn take_in(
+        &mut self,
+        id: PollerId,
+        mut poller: Box<dyn Poller>,
+        counters: Arc<PollerCounters>,
+    ) -> Entry {
+        poller.attach(&mut self.cx);
+        self.last_work_ns = self.cx.pass_ns;
+        Entry { id, poller, counters }
+    }
+
+    #[cold]
+    fn position(&self, id: PollerId) -> Option<usize> {
+        self.pollers.iter().position(|e| e.id == id)
+    }
+
+    /// The poller of this id as its own type, with the context; `None` when it is not here (any more).
+    pub fn with_poller<P: Poller, T>(
+        &mut self,
+        id: PollerId,
+        f: impl FnOnce(&mut P, &mut ReactorCx) -> T,
+    ) -> Option<T> {
+        let at = self.position(id)?;
+        let poller: &mut dyn Any = self.pollers[at].poller.as_mut();
+        Some(f(poller.downcast_mut::<P>()?, &mut self.cx))
+    }
+
+    /// The poller of this id behind its trait.
+    pub fn with_dyn_poller<T>(
+        &mut self,
+        id: PollerId,
+        f: impl FnOnce(&mut dyn Poller, &mut ReactorCx) -> T,
+    ) -> Option<T> {
+        let at = self.position(id)?;
+        Some(f(self.pollers[at].poller.as_mut(), &mut self.cx))
+    }
+
+    /// Detaches a poller and returns it, to be dropped by a control thread.
+    #[cold]
+    pub fn remove_poller(&mut self, id: PollerId) -> Option<Box<dyn Poller>> {
+        let mut entry = match self.position(id) {
+            Some(at) => self.pollers.swap_remove(at),
+            None => {
+                let at = self.timed.iter().position(|t| t.entry.id == id)?;
+                self.timed.swap_remove(at).entry
+            }
+        };
+        entry.poller.detach(&mut self.cx);
+        Some(entry.poller)
+    }
+}
+
+impl ReactorHandle {
+    /// Moves a poller to the reactor; it is polled in every pass from then on, or every `period_ns` when that is not 0.
+    ///
+    /// # Errors
+    /// False when the reactor does not answer.
+    #[cold]
+    #[must_use]
+    pub fn add_poller(
+        &self,
+        id: PollerId,
+        name: &str,
+        period_ns: u64,
+        poller: Box<dyn Poller>,
+    ) -> bool {
+        let counters = Arc::new(PollerCounters::default());
+        let info = super::PollerInfo {
+            id,
+            name: name.to_owned(),
+            period_ns,
+            counters: Arc::clone(&counters),
+        };
+        self.list_poller(info);
+        let sent = self.send(Box::new(move |reactor| {
+            let entry = reactor.take_in(id, poller, counters);
+            if period_ns == 0 {
+                reactor.pollers.push(entry);
+            } else {
+                let due_ns = reactor.cx.pass_ns + period_ns;
+                reactor.timed.push(Timed { entry, period_ns, due_ns });
+            }
+        }));
+        if sent.is_err() {
+            self.unlist_poller(id);
+        }
+        sent.is_ok()
+    }
+
+    /// Takes a poller off the reactor and drops it on the calling thread; false when it is not there.
+    #[cold]
+    pub fn remove_poller(&self, id: PollerId) -> bool {
+        self.unlist_poller(id);
+        self.ask(move |reactor| reactor.remove_poller(id)).flatten().is_some()
+    }
+}

@@ -1,0 +1,4 @@
+//! Wire layouts and constants as the specifications give them: inert data, no behaviour.
+
+pub mod virtio_blk;
+pub mod virtio_ring;

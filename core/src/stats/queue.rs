@@ -1,0 +1,115 @@
+//! What one virtqueue counts: requests, bytes, errors and the stage times of every operation.
+//!
+//! Owner: allocated by a control thread, written by the queue's reactor, read by anybody.
+//! **Invariant:** one writer; a number only grows, resets are done by readers who keep a baseline.
+#![expect(unsafe_code)] // UNSAFETY: one all-zero allocation, so that an idle queue's tables cost no memory.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::LatencyTable;
+use crate::io::IoOp;
+
+/// The part of a request's life that a time belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Stage {
+    /// From the pass that first saw the request on the ring until it was handed to the device.
+    Queue = 0,
+    /// From there until the device's completion was seen.
+    Device,
+    /// From there until the guest could see it.
+    Complete,
+    /// All three.
+    Total,
+}
+
+impl Stage {
+    /// All stages in order.
+    pub const ALL: [Stage; 4] = [Stage::Queue, Stage::Device, Stage::Complete, Stage::Total];
+
+    /// The stage's name in statistics and JSON.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Stage::Queue => "queue",
+            Stage::Device => "device",
+            Stage::Complete => "complete",
+            Stage::Total => "total",
+        }
+    }
+}
+
+/// The figures of one operation of one queue.
+#[derive(Debug, Default)]
+pub struct OpStats {
+    ops_count: AtomicU64,
+    bytes: AtomicU64,
+    errors_count: AtomicU64,
+    stages: [LatencyTable; 4],
+}
+
+/// The figures of one queue: about 100 KiB of address space, touched only for the operations that occur.
+#[derive(Debug, Default)]
+pub struct QueueStats {
+    ops: [OpStats; 5],
+}
+
+#[inline]
+fn bump(cell: &AtomicU64, by: u64) {
+    cell.store(cell.load(Ordering::Relaxed).wrapping_add(by), Ordering::Relaxed);
+}
+
+impl OpStats {
+    /// Counts one finished request.
+    #[inline]
+    pub fn count(&self, bytes: u64, ok: bool) {
+        bump(&self.ops_count, 1);
+        if ok {
+            bump(&self.bytes, bytes);
+        } else {
+            bump(&self.errors_count, 1);
+        }
+    }
+
+    /// The table of one stage.
+    #[inline]
+    #[must_use]
+    pub fn stage(&self, stage: Stage) -> &LatencyTable {
+        &self.stages[stage as usize]
+    }
+
+    /// Finished requests, failed ones included.
+    #[must_use]
+    pub fn ops_count(&self) -> u64 {
+        self.ops_count.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of successful requests.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Failed requests.
+    #[must_use]
+    pub fn errors_count(&self) -> u64 {
+        self.errors_count.load(Ordering::Relaxed)
+    }
+}
+
+impl QueueStats {
+    /// Zeroed figures. The allocator hands out untouched zero pages, so an idle queue costs no memory.
+    #[must_use]
+    pub fn new_shared() -> Arc<QueueStats> {
+        // SAFETY: every field is an `AtomicU64`, for which all bits zero is the value 0, the wanted default.
+        unsafe { Arc::<QueueStats>::new_zeroed().assume_init() }
+    }
+
+    /// The figures of one operation.
+    #[inline]
+    #[must_use]
+    pub fn op(&self, op: IoOp) -> &OpStats {
+        &self.ops[op as usize]
+    }
+}
