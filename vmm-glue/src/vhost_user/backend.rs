@@ -72,8 +72,9 @@ pub trait Backend {
     /// `offset + out.len()` ≤ 256.
     fn get_config(&mut self, offset: u32, out: &mut [u8]) -> Result<(), Refusal>;
 
-    /// Writes to the configuration space. `migration`: not the guest's wish, but what the migration source had.
-    /// `offset + data.len()` ≤ 256.
+    /// Writes to the configuration space; `offset + data.len()` ≤ 256. `migration`: the protocol means "what the
+    /// migration source had", but rust-vmm's front-ends (Cloud Hypervisor, crosvm) set it for the guest's own writes,
+    /// so a field that the guest may write must be taken either way.
     fn set_config(&mut self, offset: u32, data: &[u8], migration: bool) -> Result<(), Refusal>;
 
     /// Replaces all of the guest's memory; running rings go on in it, and it holds the memory of all of them. Done when

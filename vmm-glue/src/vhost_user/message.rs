@@ -422,7 +422,7 @@ pub struct ConfigSpace {
     pub offset: u32,
     /// Number of bytes.
     pub size_bytes: u32,
-    /// 0: the guest wrote. 1: a migration destination sets what the source had.
+    /// 0: the guest wrote. 1: a migration destination sets what the source had (QEMU), or the guest wrote (rust-vmm).
     pub flags: u32,
 }
 
