@@ -91,9 +91,12 @@ pub enum Operation {
 /// An operation that the backend has begun, and the message that it will answer.
 #[derive(Clone, Debug)]
 pub struct Pending {
-    header: Header,
-    request: Request,
-    operation: Operation,
+    /// The message's header.
+    pub header: Header,
+    /// What it asked.
+    pub request: Request,
+    /// What its success changes.
+    pub operation: Operation,
 }
 
 /// A session as plain data, for a hand-over to another process.
@@ -158,7 +161,7 @@ impl Session {
     pub fn from_state(state: SessionState) -> Result<Self, Error> {
         let mut rings = state.rings;
         rings.truncate(RINGS_MAX.into());
-        Ok(Self {
+        let session = Self {
             connection: Connection::from_state(state.connection)?,
             channel: state.channel,
             features: state.features,
@@ -167,7 +170,13 @@ impl Session {
             rings,
             pending: state.pending,
             refusals_count: 0,
-        })
+        };
+        if let Some(Pending { request, operation, .. }) = &session.pending
+            && let Operation::Enable { index, .. } | Operation::Stop { index } = operation
+        {
+            session.ring_index(*request, u32::from(*index))?;
+        }
+        Ok(session)
     }
 
     /// Gives up everything that the session knows. The front-end notices nothing.
@@ -230,7 +239,7 @@ impl Session {
             (Operation::Stop { .. }, Ok(Completion::Done))
             | (_, Ok(Completion::Stopped { .. })) => Err(Error::WrongCompletion { request }),
             (operation, Ok(Completion::Done)) => {
-                self.settle(operation, backend).map(|()| Outcome::Ack)
+                self.settle(request, operation, backend).map(|()| Outcome::Ack)
             }
         };
         self.answer(header, outcome)
@@ -469,7 +478,7 @@ impl Session {
     ) -> Result<Outcome, Error> {
         match progress.map_err(|source| Error::Backend { request, source })? {
             Progress::Done => {
-                self.settle(operation, backend)?;
+                self.settle(request, operation, backend)?;
                 Ok(Outcome::Ack)
             }
             Progress::Pending => Ok(Outcome::Later(operation)),
@@ -477,15 +486,20 @@ impl Session {
     }
 
     /// Enters what an operation has changed, and starts the rings that waited for it.
-    fn settle(&mut self, operation: Operation, backend: &mut dyn Backend) -> Result<(), Error> {
+    fn settle(
+        &mut self,
+        request: Request,
+        operation: Operation,
+        backend: &mut dyn Backend,
+    ) -> Result<(), Error> {
         match operation {
             Operation::Features(features) => {
                 self.features = features;
-                self.start_all_ready(Request::SetFeatures, backend)
+                self.start_all_ready(request, backend)
             }
             Operation::Memory(table) => {
                 self.memory = table;
-                self.start_all_ready(Request::SetMemTable, backend)
+                self.start_all_ready(request, backend)
             }
             Operation::Enable { index, enabled } => {
                 self.ring(index).enabled = Some(enabled);

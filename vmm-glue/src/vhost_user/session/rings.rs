@@ -208,7 +208,7 @@ impl Session {
         let operation = Operation::Enable { index, enabled };
         let was_enabled = self.is_enabled(index);
         if !self.ring(index).started || was_enabled == enabled {
-            self.settle(operation, backend)?;
+            self.settle(request, operation, backend)?;
             return Ok(Outcome::Ack);
         }
         let progress = backend.enable_ring(index, enabled);

@@ -780,6 +780,17 @@ fn rings_that_wait_for_memory_start_when_it_is_completed() {
 }
 
 #[test]
+fn a_ring_that_fails_to_start_is_blamed_on_the_message_that_completed_it() {
+    let mut bench = Bench::negotiated();
+    bench.tell(Outbound::mem_table(&[]));
+    bench.configure(0);
+    bench.kick(0);
+    bench.mock.refuse = Some("start_ring");
+    let error = bench.fatal(single_region(Request::AddMemReg, region(0, 1 << 20)));
+    assert!(matches!(error, Error::Backend { request: Request::AddMemReg, .. }));
+}
+
+#[test]
 fn completions_that_nobody_waits_for_are_errors() {
     let mut bench = Bench::negotiated();
     let error = bench.session.complete(&mut bench.mock, Ok(Completion::Done)).unwrap_err();
@@ -851,6 +862,12 @@ fn a_session_survives_a_hand_over_in_the_middle_of_everything() {
     bench.session.complete(&mut bench.mock, done).unwrap();
     assert_eq!(VringStateReply::decode(&bench.reply_to(&stop)), (0, 6));
     assert_eq!(bench.session.memory().regions().len(), 1);
+
+    bench.kick(0);
+    bench.tell(Outbound::vring(Request::GetVringBase, 0, 0));
+    let mut state = bench.session.into_state();
+    state.rings.clear();
+    Session::from_state(state).unwrap_err();
 }
 
 // Whole conversations.
