@@ -1,1 +1,3 @@
 //! Part of ringmill.
+
+pub mod vhost_user;
