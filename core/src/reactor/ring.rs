@@ -336,6 +336,15 @@ impl Ring {
         unsafe { self.push(client, TOKEN_MASK, opcode::PollRemove::new(target).build()) }
     }
 
+    /// Adds one to an eventfd without ever blocking on it, whoever else holds its file description and whatever they
+    /// did to its flags. The caller keeps `fd` open until the next `commit`.
+    pub fn signal(&mut self, client: ClientId, token: u64, fd: RawFd) -> bool {
+        static ONE: u64 = 1;
+        let entry = opcode::Write::new(types::Fd(fd), (&raw const ONE).cast(), 8).build();
+        // SAFETY: the entry reads a static.
+        unsafe { self.push(client, token, entry) }
+    }
+
     fn enter(&mut self) {
         self.enters_count += 1;
         if let Err(error) = self.uring.submitter().submit() {

@@ -1,0 +1,14 @@
+//! virtio-blk: from descriptor chains to block requests and back.
+//!
+//! [`request`] parses one chain, [`worker`] drives one virtqueue, [`device`] is what the queues of one disk share,
+//! [`controller`] is a disk as its front-ends see it: one socket, its sessions, its queues on the reactors.
+
+mod config;
+mod device;
+mod request;
+mod worker;
+
+pub use config::{device_features, encode_config};
+pub use device::{BlkDevice, QueueState, QueueStatus, WorkerEvent};
+pub use request::{Parsed, Refusal, parse};
+pub use worker::{NoTracking, QueueWorker, Tracking, WorkerParts};
