@@ -4,6 +4,7 @@
 //! and every channel bounds requests by the size it reads for that request.
 
 use std::any::Any;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use thiserror::Error;
@@ -180,7 +181,7 @@ impl BdevInfo {
 /// A block device with a name.
 pub trait Bdev: Any + Send + Sync {
     /// Its properties.
-    fn info(&self) -> &BdevInfo;
+    fn info(&self) -> &Arc<BdevInfo>;
 
     /// Prepares a channel; the seed is planted on the reactor.
     ///

@@ -305,6 +305,12 @@ impl ReactorHandle {
         sent.is_ok()
     }
 
+    /// Takes a poller that a message removed off the list of pollers.
+    #[cold]
+    pub fn forget_poller(&self, id: PollerId) {
+        self.unlist_poller(id);
+    }
+
     /// Takes a poller off the reactor and drops it on the calling thread; false when it is not there.
     #[cold]
     pub fn remove_poller(&self, id: PollerId) -> bool {

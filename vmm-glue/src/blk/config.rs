@@ -41,7 +41,7 @@ pub fn device_features(device: &BlkDevice) -> u64 {
 /// The configuration space now.
 #[must_use]
 pub fn encode_config(device: &BlkDevice, queues_count: u16) -> [u8; CONFIG_BYTES] {
-    let info = device.bdev().info();
+    let info = device.info();
     let geometry = info.geometry();
     let block = geometry.block_bytes;
     let physical = geometry.physical_block_bytes.max(block);

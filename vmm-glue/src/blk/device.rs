@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
-use ringmill_core::bdev::Bdev;
+use ringmill_core::bdev::{Bdev, BdevError, BdevInfo};
 use ringmill_core::io::{IoFlags, IoOp};
 use ringmill_core::limits::SERIAL_BYTES;
 use ringmill_core::stats::QueueStats;
@@ -15,7 +15,8 @@ use crate::virtq::QueueError;
 
 /// A disk as its queues see it.
 pub struct BlkDevice {
-    bdev: Arc<dyn Bdev>,
+    /// Not the bdev itself: a removed one must close although its controller lives on.
+    info: Arc<BdevInfo>,
     serial: [u8; SERIAL_BYTES],
     read_only: bool,
     discard: bool,
@@ -27,14 +28,14 @@ pub struct BlkDevice {
 
 impl std::fmt::Debug for BlkDevice {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("BlkDevice").field("bdev", &self.bdev.info().name()).finish_non_exhaustive()
+        f.debug_struct("BlkDevice").field("bdev", &self.info.name()).finish_non_exhaustive()
     }
 }
 
 impl BlkDevice {
     /// A disk over `bdev`. `serial` longer than 20 bytes is cut.
     #[must_use]
-    pub fn new(bdev: Arc<dyn Bdev>, serial: &str, read_only: bool) -> BlkDevice {
+    pub fn new(bdev: &Arc<dyn Bdev>, serial: &str, read_only: bool) -> BlkDevice {
         let mut bytes = [0u8; SERIAL_BYTES];
         for (to, from) in bytes.iter_mut().zip(serial.bytes()) {
             *to = from;
@@ -45,15 +46,16 @@ impl BlkDevice {
             discard: geometry.discard,
             write_zeroes: geometry.write_zeroes,
             serial: bytes,
-            write_back: AtomicBool::new(true),
-            bdev,
+            write_back: AtomicBool::new(geometry.write_cache),
+            info: Arc::clone(bdev.info()),
         }
     }
 
-    /// The device below.
+    /// The properties of the bdev below, its size now among them.
+    #[inline]
     #[must_use]
-    pub fn bdev(&self) -> &Arc<dyn Bdev> {
-        &self.bdev
+    pub fn info(&self) -> &BdevInfo {
+        &self.info
     }
 
     /// The 20 bytes of GET_ID, zero padded.
@@ -105,10 +107,12 @@ impl BlkDevice {
 }
 
 /// What a queue tells its control thread.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum WorkerEvent {
     /// The guest's driver broke the protocol; the queue has stopped.
     Broken(QueueError),
+    /// The reactor could not open its way into the bdev; every request fails.
+    NoChannel(BdevError),
 }
 
 /// Where a queue stands.

@@ -4,11 +4,19 @@
 //! [`controller`] is a disk as its front-ends see it: one socket, its sessions, its queues on the reactors.
 
 mod config;
+mod controller;
 mod device;
+mod event;
+mod frontend;
 mod request;
 mod worker;
 
 pub use config::{device_features, encode_config};
+pub use controller::{
+    Controller, ControllerError, ControllerSpec, ControllerState, QueueView, SessionView, Source,
+    SourceToken,
+};
 pub use device::{BlkDevice, QueueState, QueueStatus, WorkerEvent};
+pub use event::{Event, EventQueue, EventSender, event_queue};
 pub use request::{Parsed, Refusal, parse};
 pub use worker::{NoTracking, QueueWorker, Tracking, WorkerParts};

@@ -14,7 +14,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use arrayvec::ArrayVec;
-use ringmill_core::bdev::Channel;
+use ringmill_core::bdev::{Channel, ChannelSeed};
 use ringmill_core::io::{Completion, IoOp, Slots};
 use ringmill_core::limits::{BATCH_REQUESTS_MAX, PASS_BYTES_MAX, QUEUE_INFLIGHT_MAX};
 use ringmill_core::mem::{MemTable, Segment};
@@ -120,6 +120,7 @@ pub struct QueueWorker<V, T> {
     call_pending: bool,
     call_owed: bool,
     interrupt_wanted: bool,
+    seed: Option<ChannelSeed>,
     waiting: Vec<Done>,
 }
 
@@ -145,10 +146,19 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
             call_pending: false,
             call_owed: false,
             interrupt_wanted: false,
+            seed: None,
             waiting: Vec::with_capacity(4),
             state: QueueState::Running,
             parts,
         }
+    }
+
+    /// Plants `seed` on the reactor that takes the worker in; until then, and if that fails, `parts.channel` serves.
+    #[must_use]
+    #[cold]
+    pub fn with_seed(mut self, seed: ChannelSeed) -> Self {
+        self.seed = Some(seed);
+        self
     }
 
     /// Takes requests, or takes none until told again (SET_VRING_ENABLE). `done` is called when a disabled queue has
@@ -159,11 +169,16 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
         if enabled || self.slots.live_count() == 0 { done() } else { self.waiting.push(done) }
     }
 
-    /// Replaces the guest's memory. Only regions may have come; for a removal the caller quiesces first.
+    /// Replaces the guest's memory and the windows onto the rings in it. When regions go, the caller quiesces first.
+    /// Returns the old ones, to be dropped by the control thread.
     #[cold]
-    pub fn set_memory(&mut self, mem: Arc<MemTable>) -> Arc<MemTable> {
+    pub fn set_memory(
+        &mut self,
+        mem: Arc<MemTable>,
+        windows: V::Windows,
+    ) -> (Arc<MemTable>, V::Windows) {
         self.mem_hint = 0;
-        std::mem::replace(&mut self.parts.mem, mem)
+        (std::mem::replace(&mut self.parts.mem, mem), self.parts.queue.relocate(windows))
     }
 
     /// Replaces the call fd and signals it once, in case the old one missed something.
@@ -345,7 +360,7 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
         self.note_arrivals(available, cx.pass_ns);
         let room =
             self.parts.channel.room(&cx.io).requests.min(self.slots.room()).min(BATCH_REQUESTS_MAX);
-        let size_bytes = self.parts.device.bdev().info().size_bytes();
+        let size_bytes = self.parts.device.info().size_bytes();
         let mut bytes = 0;
         cx.batch.clear();
         for _ in 0..room.min(usize::from(available)) {
@@ -587,6 +602,12 @@ impl<V: Virtqueue, T: Tracking> Poller for QueueWorker<V, T> {
     fn attach(&mut self, cx: &mut ReactorCx) {
         if let Some(ring) = &mut cx.io.ring {
             self.client = ring.add_client(16).ok();
+        }
+        if let Some(seed) = self.seed.take() {
+            match seed(&mut cx.io) {
+                Ok(channel) => self.parts.channel = channel,
+                Err(error) => (self.parts.events)(WorkerEvent::NoChannel(error)),
+            }
         }
         self.watch_kick(cx, true);
         self.set_state(QueueState::Running);

@@ -14,19 +14,11 @@ use std::os::fd::OwnedFd;
 use super::error::Error;
 use super::message::MemoryRegion;
 
-/// An address in the guest's physical address space, bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct GuestAddr(pub u64);
+pub use ringmill_core::units::GuestAddr;
 
 /// An address in the front-end's own address space, bytes. It names ring memory and means nothing in this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct UserAddr(pub u64);
-
-impl fmt::LowerHex for GuestAddr {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::LowerHex::fmt(&self.0, f)
-    }
-}
 
 impl fmt::LowerHex for UserAddr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -79,6 +79,12 @@ pub enum QueueError {
 
 /// A ring as the worker uses it.
 pub trait Virtqueue: Send + 'static {
+    /// Views of the shared memory that the ring lies in.
+    type Windows: Send;
+
+    /// Goes on in other windows onto the same ring (the front-end has laid its memory out anew); returns the old ones.
+    fn relocate(&mut self, windows: Self::Windows) -> Self::Windows;
+
     /// Reads the guest's index once: entries that can be taken now.
     ///
     /// # Errors

@@ -140,7 +140,7 @@ impl SplitQueue {
         if desc.flags & DESC_F_NEXT != 0 {
             return Err(QueueError::Indirect("NEXT is set beside INDIRECT"));
         }
-        if desc.len_bytes == 0 || index(desc.len_bytes) % DESC_BYTES != 0 {
+        if desc.len_bytes == 0 || !index(desc.len_bytes).is_multiple_of(DESC_BYTES) {
             return Err(QueueError::Indirect(
                 "the table's length is not a positive multiple of 16",
             ));
@@ -179,6 +179,12 @@ fn read_indirect(table: &Segment, at: u32) -> Descriptor {
 }
 
 impl Virtqueue for SplitQueue {
+    type Windows = SplitRings;
+
+    fn relocate(&mut self, windows: SplitRings) -> SplitRings {
+        std::mem::replace(&mut self.rings, windows)
+    }
+
     #[inline]
     fn available(&mut self) -> Result<u16, QueueError> {
         let idx = self.rings.avail.load_u16(AVAIL_IDX, Ordering::Acquire);

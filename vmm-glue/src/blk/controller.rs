@@ -1,0 +1,612 @@
+//! A disk as its front-ends see it: one socket, any number of connections, one of them running at a time.
+//!
+//! In: readiness of the socket and its connections, events from reactors and the registry. Out: messages to reactors.
+//! Owner: the control thread. **Invariant:** a front-end's rings start only when no ring of another front-end is on a
+//! reactor, so requests of a predecessor can never be overtaken by its successor's.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use ringmill_core::bdev::{Bdev, BdevEvent, Claim, Registry, RegistryError};
+use ringmill_core::limits::CONTROLLER_QUEUES_MAX;
+use ringmill_core::reactor::ReactorHandle;
+use ringmill_core::stats::QueueStats;
+use thiserror::Error;
+
+use crate::vhost_user::{Peer, Session};
+
+use super::event::{Event, EventKind, EventSender};
+use super::frontend::{FrontEnd, Shared, Turn};
+use super::{BlkDevice, QueueStatus, WorkerEvent};
+
+/// Connections to one socket: the running one, a migration's destination, a few that are about to hang up.
+const SESSIONS_MAX: usize = 8;
+/// A request that a device has not answered for this long is reported.
+const STUCK_NS: u64 = 30_000_000_000;
+
+/// Why a controller could not be made.
+#[derive(Debug, Error)]
+pub enum ControllerError {
+    /// The bdev cannot be had.
+    #[error(transparent)]
+    Bdev(#[from] RegistryError),
+    /// The socket cannot be made.
+    #[error("cannot listen on {path}: {source}")]
+    Socket {
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The path is too long for a Unix socket.
+    #[error(
+        "{path} has {len} bytes, a Unix socket path has at most 107; use a shorter socket directory or name"
+    )]
+    PathTooLong {
+        /// Where.
+        path: PathBuf,
+        /// Its length.
+        len: usize,
+    },
+    /// Another program listens there.
+    #[error("{path} is in use by another program; stop it or choose another name")]
+    InUse {
+        /// Where.
+        path: PathBuf,
+    },
+    /// Something else is there.
+    #[error("{path} exists and is not a socket; remove it or choose another name")]
+    NotASocket {
+        /// Where.
+        path: PathBuf,
+    },
+    /// A bad number of queues.
+    #[error("{0} queues; a controller has 1 to {CONTROLLER_QUEUES_MAX}")]
+    Queues(u16),
+    /// No reactors to serve it.
+    #[error("no reactor may serve this controller; give it a cpumask with cores of this daemon")]
+    NoReactors,
+}
+
+/// What to make.
+#[derive(Clone, Debug)]
+pub struct ControllerSpec {
+    /// Its name.
+    pub name: String,
+    /// The bdev to claim.
+    pub bdev: String,
+    /// Where front-ends connect.
+    pub socket: PathBuf,
+    /// Permissions of the socket.
+    pub socket_mode: u32,
+    /// Group of the socket.
+    pub socket_group: Option<u32>,
+    /// Refuse writes even where the bdev takes them.
+    pub read_only: bool,
+    /// The serial number; `None`: the bdev's name.
+    pub serial: Option<String>,
+    /// Queues on offer.
+    pub queues_max: u16,
+}
+
+/// Where a controller stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ControllerState {
+    /// It takes connections.
+    Active,
+    /// It is being deleted and waits for requests in flight.
+    Draining,
+    /// It has let go of everything; drop it.
+    Deleted,
+}
+
+/// What a descriptor of a controller belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SourceToken {
+    /// The listening socket.
+    Listener,
+    /// A front-end's connection.
+    Session(u64),
+    /// The way for our own requests to a front-end, which was full.
+    Channel(u64),
+}
+
+/// A descriptor to poll.
+#[derive(Debug)]
+pub struct Source<'a> {
+    /// What to poll.
+    pub fd: BorrowedFd<'a>,
+    /// For input.
+    pub readable: bool,
+    /// For room.
+    pub writable: bool,
+    /// What it belongs to.
+    pub token: SourceToken,
+}
+
+/// A session as status output shows it.
+#[derive(Clone, Debug)]
+pub struct SessionView {
+    /// Its number.
+    pub vid: u64,
+    /// True when its rings may run.
+    pub active: bool,
+    /// Negotiated virtio features.
+    pub features: u64,
+    /// Negotiated vhost-user protocol features.
+    pub protocol_features: u64,
+    /// Memory regions and their bytes.
+    pub memory: (usize, u64),
+    /// Its started rings.
+    pub queues: Vec<QueueView>,
+}
+
+/// A ring as status output shows it.
+#[derive(Clone, Debug)]
+pub struct QueueView {
+    /// Its number.
+    pub index: u16,
+    /// The core that serves it.
+    pub core: Option<u32>,
+    /// Its figures.
+    pub status: Arc<QueueStatus>,
+    /// How long its oldest request has been with the device, nanoseconds, as of the last check.
+    pub oldest_age_ns: Option<u64>,
+    /// Times that its oldest request was found older than 30 s.
+    pub stuck_count: u64,
+}
+
+struct Connected {
+    session: Option<Session>,
+    front: FrontEnd,
+}
+
+/// A virtio-blk disk on a socket.
+pub struct Controller {
+    spec: ControllerSpec,
+    shared: Arc<Shared>,
+    registry: Arc<Registry>,
+    claim: Option<Claim>,
+    bdev: Option<Arc<dyn Bdev>>,
+    listener: Option<UnixListener>,
+    sessions: BTreeMap<u64, Connected>,
+    next_vid: u64,
+    state: ControllerState,
+    losing_bdev: bool,
+}
+
+impl std::fmt::Debug for Controller {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Controller")
+            .field("name", &self.spec.name)
+            .field("state", &self.state)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Binds the socket; a dead one in its place is replaced, a live one is not.
+fn listen(spec: &ControllerSpec) -> Result<UnixListener, ControllerError> {
+    use std::os::unix::fs::FileTypeExt;
+
+    let path = spec.socket.as_path();
+    let error = |source| ControllerError::Socket { path: path.to_owned(), source };
+    let len = path.as_os_str().len();
+    if len > 107 {
+        return Err(ControllerError::PathTooLong { path: path.to_owned(), len });
+    }
+    if let Ok(meta) = std::fs::symlink_metadata(path) {
+        if !meta.file_type().is_socket() {
+            return Err(ControllerError::NotASocket { path: path.to_owned() });
+        }
+        if std::os::unix::net::UnixStream::connect(path).is_ok() {
+            return Err(ControllerError::InUse { path: path.to_owned() });
+        }
+        std::fs::remove_file(path).map_err(error)?;
+    }
+    let listener = UnixListener::bind(path).map_err(error)?;
+    listener.set_nonblocking(true).map_err(error)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(spec.socket_mode))
+        .map_err(error)?;
+    if let Some(group) = spec.socket_group {
+        std::os::unix::fs::chown(path, None, Some(group)).map_err(error)?;
+    }
+    Ok(listener)
+}
+
+impl Controller {
+    /// Claims the bdev, binds the socket and waits for front-ends. `number` names the controller in events.
+    ///
+    /// # Errors
+    /// [`ControllerError`]; nothing is left behind.
+    pub fn new(
+        number: u64,
+        spec: ControllerSpec,
+        registry: &Arc<Registry>,
+        reactors: Vec<ReactorHandle>,
+        events: &EventSender,
+    ) -> Result<Controller, ControllerError> {
+        static SPREAD: AtomicUsize = AtomicUsize::new(0);
+        Registry::check_name(&spec.name)?;
+        if spec.queues_max == 0 || spec.queues_max > CONTROLLER_QUEUES_MAX {
+            return Err(ControllerError::Queues(spec.queues_max));
+        }
+        if reactors.is_empty() {
+            return Err(ControllerError::NoReactors);
+        }
+        let sender = events.clone();
+        let listener = Box::new(move |event| sender.send(number, EventKind::Bdev(event)));
+        let (claim, bdev) = registry.claim(&spec.bdev, &spec.name, listener)?;
+        let socket = match listen(&spec) {
+            Ok(socket) => socket,
+            Err(error) => {
+                registry.release(claim);
+                return Err(error);
+            }
+        };
+        let serial = spec.serial.as_deref().unwrap_or(&spec.bdev);
+        let statuses = (0..spec.queues_max)
+            .map(|_| Arc::new(QueueStatus::new(QueueStats::new_shared())))
+            .collect();
+        let shared = Arc::new(Shared {
+            number,
+            name: spec.name.clone(),
+            device: Arc::new(BlkDevice::new(&bdev, serial, spec.read_only)),
+            queues_max: spec.queues_max,
+            reactors,
+            reactor_offset: SPREAD.fetch_add(1, Ordering::Relaxed),
+            statuses,
+            events: events.clone(),
+        });
+        Ok(Controller {
+            spec,
+            shared,
+            registry: Arc::clone(registry),
+            claim: Some(claim),
+            bdev: Some(bdev),
+            listener: Some(socket),
+            sessions: BTreeMap::new(),
+            next_vid: 0,
+            state: ControllerState::Active,
+            losing_bdev: false,
+        })
+    }
+
+    /// What it was made from.
+    #[must_use]
+    pub fn spec(&self) -> &ControllerSpec {
+        &self.spec
+    }
+
+    /// Its number in events.
+    #[must_use]
+    pub fn number(&self) -> u64 {
+        self.shared.number
+    }
+
+    /// Where it stands.
+    #[must_use]
+    pub fn state(&self) -> ControllerState {
+        self.state
+    }
+
+    /// The disk.
+    #[must_use]
+    pub fn device(&self) -> &BlkDevice {
+        &self.shared.device
+    }
+
+    /// The bdev below; `None` after it was removed.
+    #[must_use]
+    pub fn bdev(&self) -> Option<&Arc<dyn Bdev>> {
+        self.bdev.as_ref()
+    }
+
+    /// The socket's path.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.spec.socket
+    }
+
+    /// The cores that serve it.
+    #[must_use]
+    pub fn cores(&self) -> Vec<u32> {
+        self.shared.reactors.iter().filter_map(|r| r.core().map(|c| c.0)).collect()
+    }
+
+    /// The figures of all queues, used or not.
+    #[must_use]
+    pub fn queue_statuses(&self) -> &[Arc<QueueStatus>] {
+        &self.shared.statuses
+    }
+
+    /// Connected front-ends.
+    #[must_use]
+    pub fn sessions(&self) -> Vec<SessionView> {
+        self.sessions
+            .iter()
+            .map(|(&vid, connected)| {
+                let session = connected.session.as_ref();
+                let regions = session.map(|s| s.memory().regions()).unwrap_or_default();
+                let queue = |(index, ring): (u16, &Option<super::frontend::RunningRing>)| {
+                    let ring = ring.as_ref()?;
+                    Some(QueueView {
+                        index,
+                        core: ring.poller.as_ref().and_then(|(_, r)| r.core()).map(|c| c.0),
+                        status: Arc::clone(&self.shared.statuses[usize::from(index)]),
+                        oldest_age_ns: ring.oldest_age_ns,
+                        stuck_count: ring.stuck_count,
+                    })
+                };
+                SessionView {
+                    vid,
+                    active: connected.front.is_active(),
+                    features: connected.front.features(),
+                    protocol_features: session.map_or(0, Session::protocol_features),
+                    memory: (regions.len(), regions.iter().map(|r| r.len_bytes).sum()),
+                    queues: (0..).zip(&connected.front.rings).filter_map(queue).collect(),
+                }
+            })
+            .collect()
+    }
+
+    /// The descriptors to poll now.
+    pub fn sources(&self) -> impl Iterator<Item = Source<'_>> {
+        let listener =
+            self.listener.iter().filter(|_| self.sessions.len() < SESSIONS_MAX).map(|l| Source {
+                fd: l.as_fd(),
+                readable: true,
+                writable: false,
+                token: SourceToken::Listener,
+            });
+        let sessions = self.sessions.iter().flat_map(|(&vid, connected)| {
+            let session = connected.session.as_ref();
+            let socket = session.map(|s| {
+                let interest = s.interest();
+                Source {
+                    fd: s.as_fd(),
+                    readable: interest.readable,
+                    writable: interest.writable,
+                    token: SourceToken::Session(vid),
+                }
+            });
+            let channel = session.and_then(Session::channel_to_poll).map(|fd| Source {
+                fd,
+                readable: false,
+                writable: true,
+                token: SourceToken::Channel(vid),
+            });
+            socket.into_iter().chain(channel)
+        });
+        listener.chain(sessions)
+    }
+
+    /// A descriptor is ready.
+    pub fn on_ready(&mut self, token: SourceToken, readable: bool, writable: bool, hung_up: bool) {
+        match token {
+            SourceToken::Listener => self.accept(),
+            SourceToken::Channel(vid) => {
+                if let Some(session) = self.sessions.get_mut(&vid).and_then(|c| c.session.as_mut())
+                {
+                    session.on_channel_writable();
+                }
+            }
+            SourceToken::Session(vid) => self.on_session_ready(vid, readable, writable, hung_up),
+        }
+        self.settle();
+    }
+
+    fn accept(&mut self) {
+        let Some(listener) = &self.listener else { return };
+        while self.sessions.len() < SESSIONS_MAX {
+            let Ok((stream, _)) = listener.accept() else { return };
+            if let Err(error) = stream.set_nonblocking(true) {
+                tracing::warn!(controller = %self.spec.name, "a front-end was refused: {error}");
+                continue;
+            }
+            let vid = self.next_vid;
+            self.next_vid += 1;
+            let front = FrontEnd::new(vid, Arc::clone(&self.shared), self.bdev.clone());
+            let session = Session::new(stream, &front);
+            self.sessions.insert(vid, Connected { session: Some(session), front });
+            tracing::info!(controller = %self.spec.name, session = vid, "front-end connected");
+        }
+    }
+
+    fn on_session_ready(&mut self, vid: u64, readable: bool, writable: bool, hung_up: bool) {
+        let Some(Connected { session: Some(session), front }) = self.sessions.get_mut(&vid) else {
+            return;
+        };
+        let mut result = Ok(Peer::Connected);
+        if writable {
+            result = session.on_writable().map(|()| Peer::Connected);
+        }
+        if result.is_ok() && (readable || hung_up) {
+            let interest = session.interest();
+            result = if interest.readable {
+                session.on_readable(front)
+            } else if hung_up && !interest.writable {
+                // It hung up while an operation is pending: nobody waits for the answer.
+                Ok(Peer::Closed)
+            } else {
+                Ok(Peer::Connected)
+            };
+        }
+        match result {
+            Ok(Peer::Connected) => {}
+            Ok(Peer::Closed) => {
+                tracing::info!(controller = %self.spec.name, session = vid, "front-end disconnected");
+                self.end_session(vid);
+            }
+            Err(error) => {
+                tracing::warn!(controller = %self.spec.name, session = vid, "front-end sent away: {error}");
+                self.end_session(vid);
+            }
+        }
+    }
+
+    /// Closes the connection and lets the front-end's rings drain.
+    fn end_session(&mut self, vid: u64) {
+        if let Some(connected) = self.sessions.get_mut(&vid) {
+            connected.session = None;
+            connected.front.close();
+        }
+    }
+
+    /// News from a reactor or the registry.
+    pub fn on_event(&mut self, event: Event) {
+        match event.kind {
+            EventKind::Step { vid, operation, index, base, leftover } => {
+                drop(leftover);
+                if let Some(connected) = self.sessions.get_mut(&vid) {
+                    connected.front.step(operation, index, base);
+                }
+            }
+            EventKind::Worker { vid, index, event: WorkerEvent::Broken(error) } => {
+                tracing::warn!(
+                    controller = %self.spec.name, session = vid, queue = index,
+                    "the guest's driver broke the queue, which has stopped: {error}"
+                );
+                if let Some(connected) = self.sessions.get(&vid) {
+                    connected.front.signal_error(index);
+                }
+            }
+            EventKind::Worker { vid, index, event: WorkerEvent::NoChannel(error) } => {
+                tracing::error!(
+                    controller = %self.spec.name, session = vid, queue = index, "every request will fail: {error}"
+                );
+            }
+            EventKind::Age { vid, index, age_ns } => self.on_age(vid, index, age_ns),
+            EventKind::Bdev(BdevEvent::Resized { blocks_count }) => {
+                tracing::info!(controller = %self.spec.name, blocks_count, "resized");
+                for connected in self.sessions.values_mut() {
+                    if let Some(session) = &mut connected.session {
+                        session.config_changed();
+                    }
+                }
+            }
+            EventKind::Bdev(BdevEvent::Removing) => {
+                self.losing_bdev = true;
+                self.bdev = None;
+                for connected in self.sessions.values_mut() {
+                    connected.front.lose_bdev();
+                }
+            }
+        }
+        self.settle();
+    }
+
+    fn on_age(&mut self, vid: u64, index: u16, age_ns: Option<u64>) {
+        let Some(connected) = self.sessions.get_mut(&vid) else { return };
+        let Some(Some(ring)) = connected.front.rings.get_mut(usize::from(index)) else { return };
+        let was_stuck = ring.oldest_age_ns.is_some_and(|age| age > STUCK_NS);
+        ring.oldest_age_ns = age_ns;
+        if age_ns.is_some_and(|age| age > STUCK_NS) && !was_stuck {
+            ring.stuck_count += 1;
+            tracing::warn!(
+                controller = %self.spec.name, queue = index,
+                "a request has been with {} for more than 30 s; the guest waits", self.spec.bdev
+            );
+        }
+    }
+
+    /// Looks for requests that a device does not give back; call about once a second.
+    pub fn check_ages(&mut self) {
+        for connected in self.sessions.values() {
+            connected.front.ask_ages();
+        }
+    }
+
+    /// Begins to delete the controller: nobody can connect any more, everybody connected is sent away.
+    pub fn begin_delete(&mut self) {
+        if self.state == ControllerState::Active {
+            self.state = ControllerState::Draining;
+            self.listener = None;
+            if let Err(error) = std::fs::remove_file(&self.spec.socket) {
+                tracing::warn!(controller = %self.spec.name, "cannot remove {}: {error}", self.spec.socket.display());
+            }
+            let vids: Vec<u64> = self.sessions.keys().copied().collect();
+            vids.into_iter().for_each(|vid| self.end_session(vid));
+            self.settle();
+        }
+    }
+
+    /// Takes every front-end as far as it goes, then hands the right to run to the next one.
+    fn settle(&mut self) {
+        let mut gone = Vec::new();
+        let vids: Vec<u64> = self.sessions.keys().copied().collect();
+        for &vid in &vids {
+            self.settle_one(vid, &mut gone);
+        }
+        for vid in gone {
+            self.sessions.remove(&vid);
+        }
+        self.hand_over();
+        let all_lost = self.losing_bdev && self.sessions.values().all(|c| c.front.has_lost_bdev());
+        if self.state == ControllerState::Draining && self.sessions.is_empty() {
+            self.bdev = None;
+            self.release();
+            self.state = ControllerState::Deleted;
+        } else if all_lost {
+            self.losing_bdev = false;
+            self.release();
+        }
+    }
+
+    fn release(&mut self) {
+        if let Some(claim) = self.claim.take() {
+            // Dropping a bdev that was waiting for its removal closes the device here, on the control thread.
+            drop(self.registry.release(claim));
+        }
+    }
+
+    fn settle_one(&mut self, vid: u64, gone: &mut Vec<u64>) {
+        loop {
+            let Some(connected) = self.sessions.get_mut(&vid) else { return };
+            match connected.front.advance() {
+                Turn::Nothing => return,
+                Turn::BdevLost => {}
+                Turn::Closed => {
+                    gone.push(vid);
+                    return;
+                }
+                Turn::Complete(completion) => {
+                    let Connected { session: Some(session), front } = connected else { continue };
+                    if let Err(error) = session.complete(front, Ok(completion)) {
+                        tracing::warn!(controller = %self.spec.name, session = vid, "front-end sent away: {error}");
+                        self.end_session(vid);
+                    }
+                }
+            }
+        }
+    }
+
+    /// One front-end's rings run at a time; the oldest one that wants to is next.
+    fn hand_over(&mut self) {
+        if let Some(running) = self.sessions.values_mut().find(|c| c.front.is_active()) {
+            if running.front.is_busy() || running.front.has_rings() {
+                return;
+            }
+            running.front.deactivate();
+        }
+        if let Some(next) =
+            self.sessions.values_mut().find(|c| c.session.is_some() && c.front.has_rings())
+        {
+            next.front.activate();
+        }
+    }
+}
+
+impl Drop for Controller {
+    fn drop(&mut self) {
+        if self.listener.take().is_some() {
+            // The daemon ends: leave no dead socket behind. Failure would only leave a stale file.
+            let _ = std::fs::remove_file(&self.spec.socket);
+        }
+    }
+}

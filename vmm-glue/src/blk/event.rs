@@ -1,0 +1,120 @@
+//! News from reactors (and from the bdev registry) to the control thread.
+//!
+//! Flow: a reactor or the registry sends → eventfd wakes the control thread's poll → it hands each event to its
+//! controller. **Invariant:** rare by nature (configuration, errors, removal), so a channel that allocates is fine; the
+//! eventfd is our own, so its write cannot block.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc;
+
+use ringmill_core::bdev::BdevEvent;
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::WorkerEvent;
+
+/// Something for the control thread to drop, because dropping unmaps memory or closes files.
+pub(super) type Leftover = Box<dyn Send>;
+
+/// What happened.
+pub(super) enum EventKind {
+    /// One ring has done its part of a front-end's operation.
+    Step {
+        /// The session.
+        vid: u64,
+        /// The operation.
+        operation: u64,
+        /// The ring.
+        index: u16,
+        /// Where a removed ring would go on.
+        base: Option<u32>,
+        /// To be dropped here.
+        leftover: Option<Leftover>,
+    },
+    /// A queue worker has something to say.
+    Worker {
+        /// The session.
+        vid: u64,
+        /// The ring.
+        index: u16,
+        /// What.
+        event: WorkerEvent,
+    },
+    /// How long the oldest request of a ring has been with the device.
+    Age {
+        /// The session.
+        vid: u64,
+        /// The ring.
+        index: u16,
+        /// Nanoseconds; `None`: nothing in flight.
+        age_ns: Option<u64>,
+    },
+    /// The bdev below changed.
+    Bdev(BdevEvent),
+}
+
+/// One piece of news for one controller.
+pub struct Event {
+    /// The controller's number.
+    pub controller: u64,
+    pub(super) kind: EventKind,
+}
+
+impl std::fmt::Debug for Event {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Event").field("controller", &self.controller).finish_non_exhaustive()
+    }
+}
+
+/// The sending end; cheap to clone.
+#[derive(Clone, Debug)]
+pub struct EventSender {
+    sender: mpsc::Sender<Event>,
+    wake: Arc<OwnedFd>,
+}
+
+impl EventSender {
+    pub(super) fn send(&self, controller: u64, kind: EventKind) {
+        // The receiver outlives every reactor; at shut-down an event without a reader is of no use to anybody.
+        if self.sender.send(Event { controller, kind }).is_ok() {
+            let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+        }
+    }
+}
+
+/// The receiving end, owned by the control thread.
+#[derive(Debug)]
+pub struct EventQueue {
+    receiver: mpsc::Receiver<Event>,
+    wake: Arc<OwnedFd>,
+}
+
+impl AsFd for EventQueue {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+}
+
+impl EventQueue {
+    /// The next event; call until `None` whenever the descriptor is readable.
+    pub fn next(&self) -> Option<Event> {
+        if let Ok(event) = self.receiver.try_recv() {
+            return Some(event);
+        }
+        // Clear the wake-up, then look again: an event sent in between is found now or wakes again.
+        let mut count = [0u8; 8];
+        let _ = rustix::io::read(&self.wake, &mut count);
+        self.receiver.try_recv().ok()
+    }
+}
+
+/// Both ends.
+///
+/// # Errors
+/// When the process has no descriptors left.
+pub fn event_queue() -> io::Result<(EventSender, EventQueue)> {
+    let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+    let (sender, receiver) = mpsc::channel();
+    Ok((EventSender { sender, wake: Arc::clone(&wake) }, EventQueue { receiver, wake }))
+}

@@ -1,0 +1,670 @@
+//! The device behind one vhost-user session: its memory, its rings on the reactors, its operations under way.
+//!
+//! In: calls of the protocol session and steps from reactors. Out: messages to reactors, and [`Turn::Complete`] for
+//! the session. Owner: the control thread. **Invariant:** one operation at a time per front-end, each a fixed sequence
+//! of broadcasts to its rings (quiesce → change → go on); a ring is removed only when nothing of it is in flight.
+
+use std::collections::VecDeque;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use ringmill_core::bdev::{Bdev, GoneChannel};
+use ringmill_core::limits::MEMORY_REGIONS_MAX;
+use ringmill_core::mem::{Mapping, MemTable, RegionSpec};
+use ringmill_core::reactor::{Done, Message, Poller, PollerId, Reactor, ReactorCx, ReactorHandle};
+use ringmill_core::spec::virtio_blk as spec;
+use ringmill_core::spec::virtio_ring::{F_EVENT_IDX, F_INDIRECT_DESC};
+
+use crate::vhost_user::{
+    Backend, Completion, GuestAddr, Progress, Refusal, RegionDesc, RingAddresses, RingStart,
+    SharedFd, StopProgress, UserAddr,
+};
+use crate::virtq::{SplitQueue, SplitRings};
+
+use super::event::{EventKind, EventSender, Leftover};
+use super::{
+    BlkDevice, NoTracking, QueueStatus, QueueWorker, WorkerParts, config, device_features,
+};
+
+/// The worker of a split ring without tracking.
+type SplitWorker = QueueWorker<SplitQueue, NoTracking>;
+
+/// What a controller lends to its front-ends.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) number: u64,
+    pub(super) name: String,
+    pub(super) device: Arc<BlkDevice>,
+    pub(super) queues_max: u16,
+    pub(super) reactors: Vec<ReactorHandle>,
+    /// Spreads the first queues of different disks over the reactors.
+    pub(super) reactor_offset: usize,
+    pub(super) statuses: Vec<Arc<QueueStatus>>,
+    pub(super) events: EventSender,
+}
+
+impl Shared {
+    fn reactor_of(&self, index: u16) -> &ReactorHandle {
+        &self.reactors[(usize::from(index) + self.reactor_offset) % self.reactors.len()]
+    }
+}
+
+/// A ring that the session has started; on a reactor when it has a poller.
+#[derive(Debug)]
+pub(super) struct RunningRing {
+    start: RingStart,
+    pub(super) poller: Option<(PollerId, ReactorHandle)>,
+    pub(super) oldest_age_ns: Option<u64>,
+    pub(super) stuck_count: u64,
+}
+
+/// What an operation does with its rings.
+enum Kind {
+    /// SET_MEM_TABLE, REM_MEM_REG: nothing may be in flight while regions go.
+    ReplaceMemory(Arc<MemTable>),
+    /// ADD_MEM_REG.
+    AddMemory(Arc<MemTable>),
+    /// SET_VRING_ENABLE.
+    Enable(u16, bool),
+    /// GET_VRING_BASE.
+    Stop(u16),
+    /// RESET_DEVICE.
+    Reset,
+    /// The front-end is gone, or is sent away.
+    Close,
+    /// The bdev is being removed.
+    LoseBdev,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Quiesce,
+    Apply,
+}
+
+struct Operation {
+    number: u64,
+    kind: Kind,
+    phase: Phase,
+    /// Rings that have not answered yet.
+    waiting: usize,
+    base: u32,
+}
+
+/// What the owner has to do after a step.
+#[must_use]
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// Nothing.
+    Nothing,
+    /// Tell the session that its operation is done.
+    Complete(Completion),
+    /// The front-end has no rings and no operations any more: drop it.
+    Closed,
+    /// Its rings have let go of the bdev.
+    BdevLost,
+}
+
+/// One front-end's device.
+pub(super) struct FrontEnd {
+    vid: u64,
+    shared: Arc<Shared>,
+    bdev: Option<Arc<dyn Bdev>>,
+    mem: Arc<MemTable>,
+    features: u64,
+    pub(super) rings: Vec<Option<RunningRing>>,
+    /// True while this front-end's rings may run (one at a time per controller).
+    active: bool,
+    current: Option<Operation>,
+    queued: VecDeque<Kind>,
+    operations_count: u64,
+}
+
+impl FrontEnd {
+    pub(super) fn new(vid: u64, shared: Arc<Shared>, bdev: Option<Arc<dyn Bdev>>) -> FrontEnd {
+        let rings = (0..shared.queues_max).map(|_| None).collect();
+        FrontEnd {
+            vid,
+            shared,
+            bdev,
+            mem: Arc::new(MemTable::new()),
+            features: 0,
+            rings,
+            active: false,
+            current: None,
+            queued: VecDeque::new(),
+            operations_count: 0,
+        }
+    }
+
+    /// Rings that are on a reactor or want to be.
+    pub(super) fn has_rings(&self) -> bool {
+        self.rings.iter().any(Option::is_some)
+    }
+
+    /// True while a ring of this front-end is on a reactor or an operation is under way.
+    pub(super) fn is_busy(&self) -> bool {
+        self.current.is_some() || self.rings.iter().flatten().any(|r| r.poller.is_some())
+    }
+
+    pub(super) fn is_active(&self) -> bool {
+        self.active
+    }
+
+    /// Lets this front-end's rings run; those that wait start now.
+    pub(super) fn activate(&mut self) {
+        self.active = true;
+        self.shared.device.set_write_back(self.write_back());
+        for index in 0..self.shared.queues_max {
+            self.launch(index);
+        }
+    }
+
+    pub(super) fn deactivate(&mut self) {
+        self.active = false;
+    }
+
+    /// The cache mode of virtio 1.2 §5.2.5: without FLUSH and CONFIG_WCE a driver cannot ask for durability, so every
+    /// write is durable. A device without a volatile cache has nothing to write back.
+    fn write_back(&self) -> bool {
+        self.shared.device.info().geometry().write_cache
+            && self.features & (spec::F_FLUSH | spec::F_CONFIG_WCE) != 0
+    }
+
+    fn windows(&self, size: u16, at: RingAddresses) -> Option<SplitRings> {
+        SplitRings::at_user_addrs(&self.mem, size, at.desc.0, at.avail.0, at.used.0)
+    }
+
+    /// Puts a started ring on its reactor.
+    fn launch(&mut self, index: u16) {
+        let Some(ring) = &self.rings[usize::from(index)] else { return };
+        if !self.active || ring.poller.is_some() {
+            return;
+        }
+        let (vid, number, events) = (self.vid, self.shared.number, self.shared.events.clone());
+        let start = ring.start.clone();
+        let Some(windows) = self.windows(start.size, start.addresses) else {
+            tracing::error!(controller = %self.shared.name, "queue {index}: its rings are not in guest memory any more");
+            return;
+        };
+        let has = |bit| self.features & bit != 0;
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "a split ring's base is 16 bits, the session checks it"
+        )]
+        let base = start.base as u16;
+        let queue =
+            SplitQueue::new(windows, start.size, base, has(F_EVENT_IDX), has(F_INDIRECT_DESC));
+        let worker = SplitWorker::new(WorkerParts {
+            queue,
+            tracking: NoTracking,
+            mem: Arc::clone(&self.mem),
+            device: Arc::clone(&self.shared.device),
+            channel: Box::new(GoneChannel::default()),
+            status: Arc::clone(&self.shared.statuses[usize::from(index)]),
+            kick: start.kick,
+            call: start.call,
+            enabled: start.enabled,
+            events: Box::new(move |event| {
+                events.send(number, EventKind::Worker { vid, index, event })
+            }),
+        });
+        let worker = match self.bdev.as_ref().map(|bdev| bdev.open_channel()) {
+            Some(Ok(seed)) => worker.with_seed(seed),
+            Some(Err(error)) => {
+                tracing::error!(controller = %self.shared.name, "queue {index}: every request will fail: {error}");
+                worker
+            }
+            None => worker,
+        };
+        let reactor = self.shared.reactor_of(index).clone();
+        let id = PollerId::next();
+        let name = format!("{}:{index}", self.shared.name);
+        if reactor.add_poller(id, &name, 0, Box::new(worker)) {
+            if let Some(ring) = &mut self.rings[usize::from(index)] {
+                ring.poller = Some((id, reactor));
+            }
+        } else {
+            tracing::error!(controller = %self.shared.name, "queue {index}: its reactor does not answer");
+        }
+    }
+
+    /// Queues an operation; it begins when those before it are done.
+    fn begin(&mut self, kind: Kind) {
+        self.queued.push_back(kind);
+    }
+
+    /// Sends the front-end away: drains and removes its rings.
+    pub(super) fn close(&mut self) {
+        if !self.queued.iter().any(|k| matches!(k, Kind::Close)) {
+            self.begin(Kind::Close);
+        }
+    }
+
+    /// The bdev goes: after this the rings answer every request with an error.
+    pub(super) fn lose_bdev(&mut self) {
+        self.begin(Kind::LoseBdev);
+    }
+
+    /// True once no ring and no new ring can use the bdev.
+    pub(super) fn has_lost_bdev(&self) -> bool {
+        self.bdev.is_none()
+    }
+
+    /// Moves on as far as possible without waiting.
+    pub(super) fn advance(&mut self) -> Turn {
+        loop {
+            if self.current.as_ref().is_some_and(|c| c.waiting > 0) {
+                return Turn::Nothing;
+            }
+            match self.current.take() {
+                None => {
+                    let Some(kind) = self.queued.pop_front() else { return Turn::Nothing };
+                    self.operations_count += 1;
+                    let phase = match kind {
+                        Kind::AddMemory(_) | Kind::Enable(..) => Phase::Apply,
+                        _ => Phase::Quiesce,
+                    };
+                    let operation = Operation {
+                        number: self.operations_count,
+                        kind,
+                        phase,
+                        waiting: 0,
+                        base: 0,
+                    };
+                    self.current = Some(operation);
+                    self.broadcast();
+                }
+                Some(mut operation) if operation.phase == Phase::Quiesce => {
+                    operation.phase = Phase::Apply;
+                    self.current = Some(operation);
+                    self.broadcast();
+                }
+                Some(operation) => {
+                    let turn = self.finish(operation);
+                    if turn != Turn::Nothing {
+                        return turn;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Sends the current phase of the current operation to its rings.
+    fn broadcast(&mut self) {
+        let Some(operation) = &self.current else { return };
+        let (number, phase) = (operation.number, operation.phase);
+        let only = match operation.kind {
+            Kind::Enable(index, _) | Kind::Stop(index) => Some(index),
+            _ => None,
+        };
+        let mut sent = 0;
+        for index in (0..self.shared.queues_max).filter(|&i| only.is_none_or(|o| o == i)) {
+            let ring = self.rings[usize::from(index)].as_ref();
+            let Some((start, (id, reactor))) =
+                ring.and_then(|r| Some((&r.start, r.poller.as_ref()?)))
+            else {
+                continue;
+            };
+            let message = self.message(index, *id, number, phase, start);
+            if reactor.send(message).is_ok() {
+                sent += 1;
+            } else {
+                tracing::error!(controller = %self.shared.name, "queue {index}: its reactor does not answer");
+            }
+        }
+        if let Some(operation) = &mut self.current {
+            operation.waiting = sent;
+        }
+    }
+
+    /// The message that does one ring's part and then sends the step.
+    fn message(
+        &self,
+        index: u16,
+        id: PollerId,
+        operation: u64,
+        phase: Phase,
+        start: &RingStart,
+    ) -> Message {
+        let (vid, controller, events) = (self.vid, self.shared.number, self.shared.events.clone());
+        let step = move |base: Option<u32>, leftover: Option<Leftover>| {
+            events.send(controller, EventKind::Step { vid, operation, index, base, leftover });
+        };
+        let current = self.current.as_ref().map(|c| &c.kind);
+        match (phase, current) {
+            (Phase::Quiesce, _) => Box::new(move |reactor: &mut Reactor| {
+                let done: Done = Box::new(move || step(None, None));
+                // A poller that is not there has nothing in flight; `done` is then called here.
+                let mut done = Some(done);
+                reactor.with_dyn_poller(id, |poller, cx| {
+                    if let Some(done) = done.take() {
+                        poller.quiesce(cx, done);
+                    }
+                });
+                if let Some(done) = done {
+                    done();
+                }
+            }),
+            (_, Some(Kind::ReplaceMemory(mem) | Kind::AddMemory(mem))) => {
+                let mem = Arc::clone(mem);
+                let at = start.addresses;
+                let windows =
+                    SplitRings::at_user_addrs(&mem, start.size, at.desc.0, at.avail.0, at.used.0);
+                Box::new(move |reactor: &mut Reactor| {
+                    let old = reactor.with_poller(id, |worker: &mut SplitWorker, cx| {
+                        let old = windows.map(|windows| worker.set_memory(mem, windows));
+                        worker.resume(cx, None);
+                        old
+                    });
+                    step(None, old.flatten().map(|old| Box::new(old) as Leftover));
+                })
+            }
+            (_, Some(&Kind::Enable(_, enabled))) => Box::new(move |reactor: &mut Reactor| {
+                let done: Done = Box::new(move || step(None, None));
+                let mut done = Some(done);
+                reactor.with_poller(id, |worker: &mut SplitWorker, _| {
+                    if let Some(done) = done.take() {
+                        worker.set_enabled(enabled, done);
+                    }
+                });
+                if let Some(done) = done {
+                    done();
+                }
+            }),
+            (_, Some(Kind::LoseBdev)) => {
+                let gone = Box::new(GoneChannel::default());
+                Box::new(move |reactor: &mut Reactor| {
+                    let old = reactor.with_poller(id, |worker: &mut SplitWorker, cx| {
+                        worker.resume(cx, Some(gone))
+                    });
+                    step(None, old.flatten().map(|old| Box::new(old) as Leftover));
+                })
+            }
+            (_, Some(Kind::Stop(_) | Kind::Reset | Kind::Close) | None) => {
+                Box::new(move |reactor: &mut Reactor| {
+                    let base = reactor.with_poller(id, |worker: &mut SplitWorker, _| worker.base());
+                    let poller = reactor.remove_poller(id);
+                    step(base, poller.map(|p| Box::new(p) as Leftover));
+                })
+            }
+        }
+    }
+
+    /// A ring has done its part.
+    pub(super) fn step(&mut self, operation: u64, index: u16, base: Option<u32>) {
+        let Some(current) = self.current.as_mut().filter(|c| c.number == operation) else { return };
+        current.waiting = current.waiting.saturating_sub(1);
+        if current.phase == Phase::Apply
+            && matches!(current.kind, Kind::Stop(_) | Kind::Reset | Kind::Close)
+        {
+            if let Some(base) = base {
+                current.base = base;
+            }
+            if let Some((id, reactor)) =
+                self.rings[usize::from(index)].take().and_then(|r| r.poller)
+            {
+                reactor.forget_poller(id);
+            }
+        }
+    }
+
+    fn finish(&mut self, operation: Operation) -> Turn {
+        match operation.kind {
+            Kind::ReplaceMemory(mem) | Kind::AddMemory(mem) => {
+                self.mem = mem;
+                Turn::Complete(Completion::Done)
+            }
+            Kind::Enable(..) => Turn::Complete(Completion::Done),
+            Kind::Stop(index) => {
+                // A ring that never reached a reactor stops where it would have begun.
+                let base = match self.rings[usize::from(index)].take() {
+                    Some(ring) => ring.start.base,
+                    None => operation.base,
+                };
+                Turn::Complete(Completion::Stopped { base })
+            }
+            Kind::Reset => {
+                self.rings.iter_mut().for_each(|ring| *ring = None);
+                Turn::Complete(Completion::Done)
+            }
+            Kind::Close => {
+                self.rings.iter_mut().for_each(|ring| *ring = None);
+                Turn::Closed
+            }
+            Kind::LoseBdev => {
+                self.bdev = None;
+                Turn::BdevLost
+            }
+        }
+    }
+
+    /// Runs `f` on the worker of a ring that is on a reactor.
+    fn on_worker(
+        &self,
+        index: u16,
+        f: impl FnOnce(&mut SplitWorker, &mut ReactorCx) + Send + 'static,
+    ) {
+        let Some((id, reactor)) =
+            self.rings[usize::from(index)].as_ref().and_then(|r| r.poller.as_ref())
+        else {
+            return;
+        };
+        let id = *id;
+        let message: Message = Box::new(move |reactor: &mut Reactor| {
+            reactor.with_poller(id, |worker: &mut SplitWorker, cx| f(worker, cx));
+        });
+        if reactor.send(message).is_err() {
+            tracing::error!(controller = %self.shared.name, "queue {index}: its reactor does not answer");
+        }
+    }
+
+    /// Asks every busy ring how old its oldest request is; the answers come as events.
+    pub(super) fn ask_ages(&self) {
+        for index in 0..self.shared.queues_max {
+            let busy = self.shared.statuses[usize::from(index)].inflight_count() > 0;
+            if busy && self.rings[usize::from(index)].is_some() {
+                let (vid, controller, events) =
+                    (self.vid, self.shared.number, self.shared.events.clone());
+                self.on_worker(index, move |worker, cx| {
+                    let age_ns = worker.oldest_age_ns(cx.pass_ns);
+                    events.send(controller, EventKind::Age { vid, index, age_ns });
+                });
+            }
+        }
+    }
+
+    fn build_memory(&self, regions: Vec<RegionDesc>) -> Result<Arc<MemTable>, Refusal> {
+        let mut table = MemTable::new();
+        for region in regions {
+            add_region(&mut table, &region)?;
+        }
+        Ok(Arc::new(table))
+    }
+}
+
+fn add_region(table: &mut MemTable, region: &RegionDesc) -> Result<(), Refusal> {
+    let mapping = Arc::new(Mapping::foreign(&region.fd, region.mmap_offset, region.len_bytes)?);
+    let spec = RegionSpec {
+        guest_addr: region.guest_addr,
+        len_bytes: region.len_bytes,
+        user_addr: region.user_addr.0,
+    };
+    table.add(spec, mapping)?;
+    Ok(())
+}
+
+impl Backend for FrontEnd {
+    fn device_features(&self) -> u64 {
+        device_features(&self.shared.device)
+    }
+
+    fn queues_max(&self) -> u16 {
+        self.shared.queues_max
+    }
+
+    fn mem_slots_max(&self) -> u64 {
+        MEMORY_REGIONS_MAX as u64
+    }
+
+    fn set_features(&mut self, acked: u64) -> Result<Progress, Refusal> {
+        self.features = acked;
+        if self.active {
+            self.shared.device.set_write_back(self.write_back());
+        }
+        Ok(Progress::Done)
+    }
+
+    fn get_config(&mut self, offset: u32, out: &mut [u8]) -> Result<(), Refusal> {
+        let bytes = config::encode_config(&self.shared.device, self.shared.queues_max);
+        for (at, byte) in (offset as usize..).zip(out) {
+            *byte = bytes.get(at).copied().unwrap_or(0);
+        }
+        Ok(())
+    }
+
+    fn set_config(&mut self, offset: u32, data: &[u8], _migration: bool) -> Result<(), Refusal> {
+        // Only `writeback` can be written (virtio 1.2 §5.2.4); a front-end may send the space around it, too.
+        let at = spec::CONFIG_WRITEBACK.checked_sub(offset as usize).and_then(|at| data.get(at));
+        match at {
+            None => Err(format!(
+                "bytes {offset}..{} of the configuration are read-only",
+                offset as usize + data.len()
+            )
+            .into()),
+            Some(0) => {
+                self.shared.device.set_write_back(false);
+                Ok(())
+            }
+            Some(1) => {
+                self.shared.device.set_write_back(self.shared.device.info().geometry().write_cache);
+                Ok(())
+            }
+            Some(value) => Err(format!("writeback = {value}; it is 0 or 1").into()),
+        }
+    }
+
+    fn set_mem_table(&mut self, regions: Vec<RegionDesc>) -> Result<Progress, Refusal> {
+        let table = self.build_memory(regions)?;
+        if !self.is_busy() {
+            self.mem = table;
+            return Ok(Progress::Done);
+        }
+        self.begin(Kind::ReplaceMemory(table));
+        Ok(Progress::Pending)
+    }
+
+    fn add_mem_region(&mut self, region: RegionDesc) -> Result<Progress, Refusal> {
+        let mut table = MemTable::clone(&self.mem);
+        add_region(&mut table, &region)?;
+        if !self.is_busy() {
+            self.mem = Arc::new(table);
+            return Ok(Progress::Done);
+        }
+        self.begin(Kind::AddMemory(Arc::new(table)));
+        Ok(Progress::Pending)
+    }
+
+    fn remove_mem_region(
+        &mut self,
+        guest_addr: GuestAddr,
+        _user_addr: UserAddr,
+        len_bytes: u64,
+    ) -> Result<Progress, Refusal> {
+        let mut table = MemTable::clone(&self.mem);
+        if !table.remove(guest_addr, len_bytes) {
+            return Err(format!(
+                "no memory region of {len_bytes} bytes at guest address {guest_addr:#x}"
+            )
+            .into());
+        }
+        if !self.is_busy() {
+            self.mem = Arc::new(table);
+            return Ok(Progress::Done);
+        }
+        self.begin(Kind::ReplaceMemory(Arc::new(table)));
+        Ok(Progress::Pending)
+    }
+
+    fn start_ring(&mut self, index: u16, ring: RingStart) -> Result<(), Refusal> {
+        if self.windows(ring.size, ring.addresses).is_none() {
+            return Err(format!("queue {index}: its rings do not lie in the guest's memory").into());
+        }
+        self.rings[usize::from(index)] =
+            Some(RunningRing { start: ring, poller: None, oldest_age_ns: None, stuck_count: 0 });
+        self.launch(index);
+        Ok(())
+    }
+
+    fn set_ring_kick(&mut self, index: u16, kick: Option<SharedFd>) -> Result<(), Refusal> {
+        if let Some(ring) = &mut self.rings[usize::from(index)] {
+            ring.start.kick.clone_from(&kick);
+        }
+        self.on_worker(index, move |worker, cx| drop(worker.set_kick(cx, kick)));
+        Ok(())
+    }
+
+    fn set_ring_call(&mut self, index: u16, call: Option<SharedFd>) -> Result<(), Refusal> {
+        if let Some(ring) = &mut self.rings[usize::from(index)] {
+            ring.start.call.clone_from(&call);
+        }
+        self.on_worker(index, move |worker, cx| drop(worker.set_call(cx, call)));
+        Ok(())
+    }
+
+    fn set_ring_err(&mut self, index: u16, err: Option<SharedFd>) -> Result<(), Refusal> {
+        if let Some(ring) = &mut self.rings[usize::from(index)] {
+            ring.start.err = err;
+        }
+        Ok(())
+    }
+
+    fn enable_ring(&mut self, index: u16, enabled: bool) -> Result<Progress, Refusal> {
+        let Some(ring) = &mut self.rings[usize::from(index)] else { return Ok(Progress::Done) };
+        ring.start.enabled = enabled;
+        if ring.poller.is_none() && self.current.is_none() {
+            return Ok(Progress::Done);
+        }
+        self.begin(Kind::Enable(index, enabled));
+        Ok(Progress::Pending)
+    }
+
+    fn stop_ring(&mut self, index: u16) -> Result<StopProgress, Refusal> {
+        if !self.is_busy() {
+            let base = self.rings[usize::from(index)].take().map_or(0, |ring| ring.start.base);
+            return Ok(StopProgress::Done { base });
+        }
+        self.begin(Kind::Stop(index));
+        Ok(StopProgress::Pending)
+    }
+
+    fn reset_device(&mut self) -> Result<Progress, Refusal> {
+        if !self.is_busy() {
+            self.rings.iter_mut().for_each(|ring| *ring = None);
+            return Ok(Progress::Done);
+        }
+        self.begin(Kind::Reset);
+        Ok(Progress::Pending)
+    }
+}
+
+impl FrontEnd {
+    /// Signals the ring's error descriptor, so that a front-end that watches it learns of a broken queue.
+    pub(super) fn signal_error(&self, index: u16) {
+        let err = self.rings.get(usize::from(index)).and_then(|r| r.as_ref()?.start.err.as_ref());
+        if let Some(err) = err
+            && rustix::event::poll(
+                &mut [rustix::event::PollFd::new(err, rustix::event::PollFlags::OUT)],
+                Some(&rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 }),
+            )
+            .is_ok_and(|ready| ready > 0)
+        {
+            let _ = rustix::io::write(err.as_fd(), &1u64.to_ne_bytes());
+        }
+    }
+
+    /// The front-end's negotiated virtio features.
+    pub(super) fn features(&self) -> u64 {
+        self.features
+    }
+}
