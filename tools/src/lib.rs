@@ -1,1 +1,4 @@
-//! Part of ringmill.
+//! What `ringmilld` and `ringmillctl` share.
+
+pub mod hist;
+pub mod rpc;

@@ -1,0 +1,3 @@
+//! Latency histograms for people: tables, plots and files.
+
+pub mod payload;
