@@ -1,4 +1,5 @@
 //! What `ringmilld` and `ringmillctl` share.
 
+pub mod config;
 pub mod hist;
 pub mod rpc;
