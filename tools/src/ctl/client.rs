@@ -14,10 +14,9 @@ use super::CtlError;
 use crate::rpc::{
     RpcError,
     scan::{Scan, Scanner},
+    socket::{SYSTEM_SOCKET, user_socket},
 };
 
-/// Where a daemon of the whole system listens.
-pub const SYSTEM_SOCKET: &str = "/run/ringmill/rpc.sock";
 /// Longest reply taken; a daemon with thousands of disks stays far below.
 const REPLY_BYTES_MAX: usize = 256 << 20;
 const REPLY_DEPTH_MAX: usize = 64;
@@ -28,11 +27,8 @@ pub fn default_socket() -> PathBuf {
         return path.into();
     }
     let system = PathBuf::from(SYSTEM_SOCKET);
-    match env::var_os("XDG_RUNTIME_DIR") {
-        Some(dir) if !system.exists() => {
-            let user = Path::new(&dir).join("ringmill/rpc.sock");
-            if user.exists() { user } else { system }
-        }
+    match user_socket() {
+        Some(user) if !system.exists() && user.exists() => user,
         _ => system,
     }
 }
@@ -116,7 +112,11 @@ impl Client {
             match scanner.next(&buffer, false) {
                 Scan::Incomplete => {}
                 Scan::Value(range) => {
-                    return serde_json::from_slice(&buffer[range]).map_err(|_| self.foreign());
+                    let reply: Option<Value> = serde_json::from_slice(&buffer[range]).ok();
+                    let is_reply = |reply: &Value| {
+                        reply.get("result").is_some() || reply.get("error").is_some()
+                    };
+                    return reply.filter(is_reply).ok_or_else(|| self.foreign());
                 }
                 _ => return Err(self.foreign()),
             }

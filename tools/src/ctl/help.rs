@@ -43,22 +43,16 @@ fn method_text(method: &Method) -> String {
         text.push_str("\nNo parameters.\n");
     } else {
         text.push_str("\nParameters:\n");
-        let rows = params()
-            .map(|param| {
-                let need = match (param.required, param.default) {
-                    (true, _) => "required".to_owned(),
-                    (false, "") => "optional".to_owned(),
-                    (false, default) => format!("default: {default}"),
-                };
-                vec![
-                    format!("  {}", param.name),
-                    param.kind.to_string(),
-                    need,
-                    param.help.to_owned(),
-                ]
-            })
-            .collect();
-        text.push_str(plain_table(&["  name", "type", "", ""], rows).as_str());
+        let width = params().map(|param| param.name.len()).max().unwrap_or(0);
+        for param in params() {
+            let need = match (param.required, param.default) {
+                (true, _) => "required".to_owned(),
+                (false, "") => "optional".to_owned(),
+                (false, default) => format!("default: {default}"),
+            };
+            text.push_str(&format!("  {:width$}  {}; {need}\n", param.name, param.kind));
+            text.push_str(&format!("  {:width$}  {}\n", "", param.help));
+        }
     }
     let ignored: Vec<&str> = method
         .params

@@ -67,9 +67,7 @@ impl Record {
                     None => self.entries.push(entry),
                 }
             }
-            Change::Remove { subsystem, object } => {
-                self.entries.retain(|entry| entry.subsystem != subsystem || entry.object != object);
-            }
+            Change::Remove { subsystem, object } => self.remove(subsystem, &object),
             Change::Set { subsystem, object, name, value } => {
                 let of_object = self
                     .entries
@@ -84,6 +82,24 @@ impl Record {
         }
     }
 
+    /// A controller cannot be made again without its disk, so it goes with it.
+    fn remove(&mut self, subsystem: &str, object: &str) {
+        self.entries.retain(|entry| entry.subsystem != subsystem || entry.object != object);
+        if subsystem == "bdev" {
+            let orphans: Vec<String> = self
+                .entries
+                .iter()
+                .filter(|entry| {
+                    entry.params.get("dev_name").and_then(Value::as_str) == Some(object)
+                })
+                .map(|entry| entry.object.clone())
+                .collect();
+            for orphan in orphans {
+                self.remove("vhost_blk", &orphan);
+            }
+        }
+    }
+
     /// The calls of one subsystem, as `[{method, params}]`.
     pub fn subsystem(&self, subsystem: &str) -> Value {
         self.entries
@@ -91,5 +107,39 @@ impl Record {
             .filter(|entry| entry.subsystem == subsystem)
             .map(|entry| json!({ "method": entry.method, "params": entry.params }))
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn put(subsystem: &'static str, object: &str, method: &'static str, params: Value) -> Change {
+        let Value::Object(params) = params else { panic!("not an object") };
+        Change::Put(Entry { subsystem, object: object.to_owned(), method, params })
+    }
+
+    #[test]
+    fn a_vanished_disk_takes_what_needs_it_along() {
+        let mut record = Record::default();
+        record.apply(put("bdev", "a", "make", json!({"name": "a", "num_blocks": 1})));
+        record.apply(put("bdev", "b", "make", json!({"name": "b"})));
+        record.apply(put("vhost_blk", "va", "show", json!({"dev_name": "a"})));
+        record.apply(put("vhost_blk", "va", "coalesce", json!({"us": 1})));
+        record.apply(put("vhost_blk", "va", "coalesce", json!({"us": 2})));
+        record.apply(put("vhost_blk", "vb", "show", json!({"dev_name": "b"})));
+        let set = |value: u64| Change::Set {
+            subsystem: "bdev",
+            object: "a".to_owned(),
+            name: "num_blocks",
+            value: value.into(),
+        };
+        record.apply(set(7));
+        assert_eq!(record.subsystem("bdev")[0]["params"]["num_blocks"], 7);
+        assert_eq!(record.subsystem("vhost_blk").as_array().map(Vec::len), Some(3));
+        record.apply(Change::Remove { subsystem: "bdev", object: "a".to_owned() });
+        assert_eq!(record.subsystem("bdev").as_array().map(Vec::len), Some(1));
+        assert_eq!(record.subsystem("vhost_blk")[0]["params"]["dev_name"], "b");
+        assert_eq!(record.subsystem("vhost_blk").as_array().map(Vec::len), Some(1));
     }
 }

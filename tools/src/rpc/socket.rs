@@ -25,6 +25,8 @@ use rustix::{
 
 /// `sun_path` has 108 bytes with the final NUL (unix(7)).
 pub const SOCKET_PATH_MAX: usize = 107;
+/// Where a daemon of the whole system listens.
+pub const SYSTEM_SOCKET: &str = "/run/ringmill/rpc.sock";
 const LISTEN_BACKLOG: i32 = 64;
 
 /// Why a socket could not be set up.
@@ -123,6 +125,18 @@ impl Default for SocketAccess {
     fn default() -> Self {
         Self { mode: 0o600, group: None }
     }
+}
+
+/// Where a user's own daemon listens, if the session has a run-time directory.
+pub fn user_socket() -> Option<PathBuf> {
+    let dir = std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty())?;
+    Some(Path::new(&dir).join("ringmill/rpc.sock"))
+}
+
+/// Where a daemon listens by default: the system's socket for root, else the user's, else the system's.
+pub fn default_socket() -> PathBuf {
+    let system = PathBuf::from(SYSTEM_SOCKET);
+    if rustix::process::geteuid().is_root() { system } else { user_socket().unwrap_or(system) }
 }
 
 /// Fails if `path` is too long for a Unix socket.
