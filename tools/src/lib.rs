@@ -1,1 +1,6 @@
-//! Part of ringmill.
+//! What `ringmilld` and `ringmillctl` share.
+
+pub mod config;
+pub mod ctl;
+pub mod hist;
+pub mod rpc;
