@@ -276,6 +276,12 @@ impl ReactorHandle {
 
     /// True while it sleeps (a moment's truth).
     #[must_use]
+    pub fn is_sleeping(&self) -> bool {
+        self.shared.sleep.is_set()
+    }
+
+    /// The core that it was started for.
+    #[must_use]
     pub fn core(&self) -> Option<CoreId> {
         self.shared.core
     }

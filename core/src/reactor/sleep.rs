@@ -32,6 +32,12 @@ impl SleepFlag {
         self.sleeping.store(false, Ordering::Relaxed);
     }
 
+    /// What the flag says now, for status output.
+    #[cfg(not(loom))]
+    pub(super) fn is_set(&self) -> bool {
+        self.sleeping.load(Ordering::Relaxed)
+    }
+
     /// Producer, after publishing: true when the sleeper has to be woken.
     pub(super) fn must_wake(&self) -> bool {
         // Pairs with the fence in `announce`.

@@ -152,6 +152,8 @@ pub struct SessionView {
 pub struct QueueView {
     /// Its number.
     pub index: u16,
+    /// Its entries.
+    pub size: u16,
     /// The core that serves it.
     pub core: Option<u32>,
     /// Its figures.
@@ -337,6 +339,7 @@ impl Controller {
                     let ring = ring.as_ref()?;
                     Some(QueueView {
                         index,
+                        size: ring.size(),
                         core: ring.poller.as_ref().and_then(|(_, r)| r.core()).map(|c| c.0),
                         status: Arc::clone(&self.shared.statuses[usize::from(index)]),
                         oldest_age_ns: ring.oldest_age_ns,

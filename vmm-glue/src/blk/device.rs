@@ -13,6 +13,8 @@ use ringmill_core::stats::QueueStats;
 
 use crate::virtq::QueueError;
 
+use super::CoalesceSettings;
+
 /// A disk as its queues see it.
 pub struct BlkDevice {
     /// Not the bdev itself: a removed one must close although its controller lives on.
@@ -24,6 +26,7 @@ pub struct BlkDevice {
     /// False: every write is stable before it completes (design of virtio 1.2 §5.2.5: no FLUSH and no CONFIG_WCE
     /// negotiated, or writeback = 0).
     write_back: AtomicBool,
+    coalesce: CoalesceSettings,
 }
 
 impl std::fmt::Debug for BlkDevice {
@@ -47,6 +50,7 @@ impl BlkDevice {
             write_zeroes: geometry.write_zeroes,
             serial: bytes,
             write_back: AtomicBool::new(geometry.write_cache),
+            coalesce: CoalesceSettings::default(),
             info: Arc::clone(bdev.info()),
         }
     }
@@ -79,6 +83,13 @@ impl BlkDevice {
             IoOp::WriteZeroes => self.write_zeroes && !self.read_only,
             _ => true,
         }
+    }
+
+    /// Interrupt coalescing.
+    #[inline]
+    #[must_use]
+    pub fn coalesce(&self) -> &CoalesceSettings {
+        &self.coalesce
     }
 
     /// Sectors of one discard or write-zeroes: 1 GiB, so that one request does not occupy a device for minutes.

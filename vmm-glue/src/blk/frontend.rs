@@ -58,6 +58,12 @@ pub(super) struct RunningRing {
     pub(super) stuck_count: u64,
 }
 
+impl RunningRing {
+    pub(super) fn size(&self) -> u16 {
+        self.start.size
+    }
+}
+
 /// What an operation does with its rings.
 enum Kind {
     /// SET_MEM_TABLE, REM_MEM_REG: nothing may be in flight while regions go.

@@ -3,6 +3,7 @@
 //! [`request`] parses one chain, [`worker`] drives one virtqueue, [`device`] is what the queues of one disk share,
 //! [`controller`] is a disk as its front-ends see it: one socket, its sessions, its queues on the reactors.
 
+mod coalesce;
 mod config;
 mod controller;
 mod device;
@@ -11,6 +12,7 @@ mod frontend;
 mod request;
 mod worker;
 
+pub use coalesce::CoalesceSettings;
 pub use config::{device_features, encode_config};
 pub use controller::{
     Controller, ControllerError, ControllerSpec, ControllerState, QueueView, SessionView, Source,

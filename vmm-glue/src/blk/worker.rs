@@ -25,6 +25,7 @@ use ringmill_core::units::{len_u32, usize_of};
 
 use crate::virtq::{Chain, QueueError, Virtqueue};
 
+use super::coalesce::Coalescer;
 use super::request::{Parsed, Refusal, parse};
 use super::{BlkDevice, QueueState, QueueStatus, WorkerEvent};
 
@@ -120,6 +121,7 @@ pub struct QueueWorker<V, T> {
     call_pending: bool,
     call_owed: bool,
     interrupt_wanted: bool,
+    coalescer: Coalescer,
     seed: Option<ChannelSeed>,
     waiting: Vec<Done>,
 }
@@ -146,6 +148,7 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
             call_pending: false,
             call_owed: false,
             interrupt_wanted: false,
+            coalescer: Coalescer::default(),
             seed: None,
             waiting: Vec::with_capacity(4),
             state: QueueState::Running,
@@ -507,7 +510,7 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
         }
         let completed_ns = if self.finished.is_empty() { 0 } else { cx.io.clock.now_ns() };
         let ask = self.parts.call.is_some() || cx.io.ring.is_none();
-        if self.parts.queue.publish(ask) {
+        if self.parts.queue.publish(ask) && self.coalescer.want(cx.pass_ns) {
             self.signal_guest(cx);
         }
         if self.finished.is_empty() {
@@ -515,6 +518,7 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
         }
         let published_ns = cx.io.clock.now_ns();
         let complete_ns = published_ns.saturating_sub(completed_ns);
+        self.coalescer.count(len_u32(self.finished.len()), published_ns, self.parts.device.coalesce());
         for done in self.finished.drain(..) {
             let stats = self.parts.status.stats.op(done.op);
             stats.count(done.bytes, done.ok);
@@ -568,6 +572,9 @@ impl<V: Virtqueue, T: Tracking> Poller for QueueWorker<V, T> {
         {
             self.read_events(cx);
         }
+        if self.coalescer.take_due(cx.pass_ns) {
+            self.signal_guest(cx);
+        }
         let mut work = false;
         if self.state == QueueState::Running && self.parts.enabled {
             match self.intake(cx) {
@@ -591,6 +598,9 @@ impl<V: Virtqueue, T: Tracking> Poller for QueueWorker<V, T> {
             self.break_queue(QueueError::MemoryGone);
         }
         if self.slots.live_count() > 0 && self.parts.channel.must_poll() {
+            return true;
+        }
+        if self.coalescer.is_due() {
             return true;
         }
         if self.state != QueueState::Running || !self.parts.enabled {
@@ -619,6 +629,9 @@ impl<V: Virtqueue, T: Tracking> Poller for QueueWorker<V, T> {
     }
 
     fn detach(&mut self, cx: &mut ReactorCx) {
+        if self.coalescer.is_due() {
+            self.signal_guest(cx);
+        }
         self.watch_kick(cx, false);
         if self.parts.channel.inflight() == 0 {
             self.parts.channel.close(&mut cx.io);

@@ -1,0 +1,641 @@
+//! The daemon behind the RPC: bdevs, controllers and reactors by name.
+//!
+//! In: typed calls of the RPC, events from reactors, results of jobs. Out: finished operations ([`DaemonEngine::finished`]).
+//! Owner: the control thread. **Invariant:** a name is reserved while its job runs; a bdev's file is closed before its
+//! deletion is answered.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+use ringmill_core::bdev::{Bdev, BdevError, Registry, RegistryError};
+use ringmill_core::io::IoOp;
+use ringmill_core::reactor::{self, ReactorHandle, tick_rate, ticks_now};
+use ringmill_core::stats::{LatencySnapshot, Stage};
+use ringmill_drivers::malloc::{MallocBdev, MallocOptions};
+use ringmill_drivers::null::{NullBdev, NullOptions};
+use ringmill_drivers::uring::{self, UringBdev, UringOpenError, UringOptions};
+use ringmill_vmm_glue::blk::{
+    Controller, ControllerError, ControllerSpec as GlueSpec, ControllerState, Event, EventSender,
+};
+
+use super::figures::{DiskFigures, IoBaselines};
+use super::jobs::{Applied, Jobs};
+use super::log::Log;
+use super::views;
+use crate::rpc::Token;
+use crate::rpc::engine::{
+    BackendSpec, BdevInfo, BdevKind, BdevSpec, CacheMode, ControllerInfo, ControllerSpec, Engine, EngineError,
+    IdlePolicy, ImageInfo, IoStats, LatencyFilter, LatencyRow, LogLevel, PinMode, Progress, ReactorInfo, ResetMode,
+    Resize, Started,
+};
+
+/// How long a start waits for the lock of an image that a dying predecessor still holds.
+const LOCK_RETRY_MAX: Duration = Duration::from_secs(10);
+const LOCK_RETRY_EVERY: Duration = Duration::from_millis(50);
+/// A deletion is answered after this long even if requests are still in flight.
+const DELETE_ANSWER_MAX: Duration = Duration::from_secs(5);
+/// Queues on offer when the configuration does not say.
+const QUEUES_DEFAULT: u16 = 64;
+
+/// Where sockets go and who may use them.
+#[derive(Clone, Debug)]
+pub struct SocketSettings {
+    /// Directory of the controllers' sockets.
+    pub dir: PathBuf,
+    /// Permission bits.
+    pub mode: u32,
+    /// Group, if not the process's own.
+    pub group: Option<u32>,
+}
+
+/// A bdev with what only its kind knows.
+pub(super) struct Disk {
+    pub(super) name: String,
+    pub(super) bdev: Arc<dyn Bdev>,
+    pub(super) kind: BdevKind,
+    null: Option<Arc<NullBdev>>,
+    pub(super) image: Option<ImageInfo>,
+}
+
+struct Deletion {
+    token: Token,
+    deadline: Instant,
+}
+
+/// Values that a reset put behind us, per controller: queue, operation, stage.
+type LatencyBase = HashMap<(u16, IoOp, u8), LatencySnapshot>;
+
+/// The daemon's state.
+pub struct DaemonEngine {
+    pub(super) registry: Arc<Registry>,
+    pub(super) reactors: Vec<ReactorHandle>,
+    pub(super) disks: Vec<Disk>,
+    pub(super) controllers: Vec<Controller>,
+    pub(super) pins: HashMap<String, PinMode>,
+    events: EventSender,
+    /// What may block runs here.
+    pub jobs: Jobs<DaemonEngine>,
+    sockets: SocketSettings,
+    next_controller: u64,
+    opening: Vec<String>,
+    deletions: HashMap<String, Deletion>,
+    bdev_deletions: Vec<(String, Token)>,
+    former: HashMap<String, DiskFigures>,
+    io_baselines: IoBaselines,
+    histograms: HashMap<String, (Option<IoOp>, DiskFigures)>,
+    latency_bases: HashMap<String, LatencyBase>,
+    idle: (IdlePolicy, u32),
+    log: Log,
+    finished: Vec<(Token, Result<(), EngineError>)>,
+    stop_signal: Option<i32>,
+    pub(super) started: Instant,
+}
+
+fn failed(errno: i32, message: impl Into<String>) -> EngineError {
+    EngineError::Failed { errno, message: message.into() }
+}
+
+fn io_errno(error: &std::io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(libc::EIO)
+}
+
+fn bdev_error(error: &BdevError) -> EngineError {
+    match error {
+        BdevError::Geometry { .. } => EngineError::Refused(error.to_string()),
+        BdevError::Io { source, .. } => failed(io_errno(source), error.to_string()),
+        BdevError::Memory(_) => failed(libc::ENOMEM, error.to_string()),
+        BdevError::Ring(_) | BdevError::Refused { .. } => failed(libc::EINVAL, error.to_string()),
+    }
+}
+
+fn registry_error(error: RegistryError) -> EngineError {
+    match error {
+        RegistryError::Exists(_) => failed(libc::EEXIST, error.to_string()),
+        RegistryError::Missing(name) => EngineError::NoBdev(name),
+        RegistryError::Claimed { .. } | RegistryError::Name(_) => EngineError::Refused(error.to_string()),
+    }
+}
+
+fn controller_error(error: ControllerError) -> EngineError {
+    match error {
+        ControllerError::Socket { ref source, .. } => failed(io_errno(source), error.to_string()),
+        ControllerError::Bdev(error @ RegistryError::Missing(_)) => EngineError::Refused(error.to_string()),
+        ControllerError::Bdev(error) => registry_error(error),
+        other => EngineError::Refused(other.to_string()),
+    }
+}
+
+fn open_error(error: &UringOpenError) -> EngineError {
+    failed(error.errno(), error.to_string())
+}
+
+impl DaemonEngine {
+    /// A daemon without disks.
+    ///
+    /// # Errors
+    /// When the process has no descriptors left.
+    pub fn new(
+        reactors: Vec<ReactorHandle>,
+        sockets: SocketSettings,
+        events: EventSender,
+        log: Log,
+    ) -> std::io::Result<DaemonEngine> {
+        let idle = match reactors.first().map(ReactorHandle::idle) {
+            Some(reactor::IdlePolicy::Adaptive { spin_ns }) => {
+                (IdlePolicy::Adaptive, u32::try_from(spin_ns / 1000).unwrap_or(u32::MAX))
+            }
+            _ => (IdlePolicy::Poll, super::control::SPIN_US_DEFAULT),
+        };
+        Ok(DaemonEngine {
+            registry: Arc::new(Registry::new()),
+            reactors,
+            disks: Vec::new(),
+            controllers: Vec::new(),
+            pins: HashMap::new(),
+            events,
+            jobs: Jobs::new()?,
+            sockets,
+            next_controller: 1,
+            opening: Vec::new(),
+            deletions: HashMap::new(),
+            bdev_deletions: Vec::new(),
+            former: HashMap::new(),
+            io_baselines: IoBaselines::default(),
+            histograms: HashMap::new(),
+            latency_bases: HashMap::new(),
+            idle,
+            log,
+            finished: Vec::new(),
+            stop_signal: None,
+            started: Instant::now(),
+        })
+    }
+
+    /// Operations that have ended since the last call.
+    pub fn finished(&mut self) -> Vec<(Token, Result<(), EngineError>)> {
+        std::mem::take(&mut self.finished)
+    }
+
+    /// The signal that `kill` or the operator sent, once.
+    pub fn take_stop_signal(&mut self) -> Option<i32> {
+        self.stop_signal.take()
+    }
+
+    /// All controllers, for the control loop's poll.
+    pub fn controllers_mut(&mut self) -> &mut Vec<Controller> {
+        &mut self.controllers
+    }
+
+    /// News for a controller.
+    pub fn on_event(&mut self, event: Event) {
+        if let Some(controller) = self.controllers.iter_mut().find(|c| c.number() == event.controller) {
+            controller.on_event(event);
+        }
+    }
+
+    /// Notices controllers and bdevs that are gone, and deletions that have waited long enough.
+    pub fn settle(&mut self, now: Instant) {
+        let mut at = 0;
+        while at < self.controllers.len() {
+            if self.controllers[at].state() != ControllerState::Deleted {
+                at += 1;
+                continue;
+            }
+            let controller = self.controllers.remove(at);
+            let name = controller.spec().name.clone();
+            let figures = DiskFigures::of(controller.queue_statuses().iter().map(|s| s.stats.as_ref()));
+            self.former.entry(controller.spec().bdev.clone()).or_default().add(&figures);
+            self.latency_bases.remove(&name);
+            self.pins.remove(&name);
+            if let Some(deletion) = self.deletions.remove(&name) {
+                self.finished.push((deletion.token, Ok(())));
+            }
+        }
+        let late: Vec<String> =
+            self.deletions.iter().filter(|(_, d)| d.deadline <= now).map(|(name, _)| name.clone()).collect();
+        for name in late {
+            if let Some(deletion) = self.deletions.remove(&name) {
+                tracing::warn!(controller = %name, "still draining; the deletion goes on");
+                self.finished.push((deletion.token, Ok(())));
+            }
+        }
+        let registry = &self.registry;
+        let finished = &mut self.finished;
+        self.bdev_deletions.retain(|(name, token)| {
+            let gone = registry.get(name).is_err();
+            if gone {
+                finished.push((*token, Ok(())));
+            }
+            !gone
+        });
+    }
+
+    /// When `settle` has something to notice by itself.
+    #[must_use]
+    pub fn timeout(&self, now: Instant) -> Option<Duration> {
+        self.deletions.values().map(|d| d.deadline.saturating_duration_since(now)).min()
+    }
+
+    /// Begins to shut down: every controller lets its guests go.
+    pub fn begin_shutdown(&mut self) {
+        self.controllers.iter_mut().for_each(Controller::begin_delete);
+    }
+
+    /// The disks whose requests have not come back.
+    #[must_use]
+    pub fn draining(&self) -> Vec<String> {
+        self.controllers.iter().map(|c| c.spec().name.clone()).collect()
+    }
+
+    pub(super) fn controller(&self, name: &str) -> Result<&Controller, EngineError> {
+        let found = self.controllers.iter().find(|c| c.spec().name == name);
+        found.ok_or_else(|| EngineError::NoController(name.to_owned()))
+    }
+
+    fn disk(&self, name: &str) -> Result<&Disk, EngineError> {
+        self.disks.iter().find(|d| d.name == name).ok_or_else(|| EngineError::NoBdev(name.to_owned()))
+    }
+
+    fn add_disk(&mut self, disk: Disk) -> Result<(), EngineError> {
+        self.registry.add(Arc::clone(&disk.bdev)).map_err(registry_error)?;
+        self.former.remove(&disk.name);
+        self.io_baselines.forget(&disk.name);
+        self.disks.push(disk);
+        Ok(())
+    }
+
+    /// Opens an image on a thread of its own.
+    fn open_image(&mut self, spec: &BdevSpec, options: UringOptions, token: Token) -> Started {
+        let name = spec.name.clone();
+        let cache = options.cache;
+        let job_name = name.clone();
+        let job = move || -> Applied<DaemonEngine> {
+            let opened = open_with_retry(&name, &options);
+            Box::new(move |engine: &mut DaemonEngine| {
+                engine.opening.retain(|n| *n != name);
+                let result = opened.map_err(|e| open_error(&e)).and_then(|bdev| {
+                    let geometry = bdev.info().geometry().clone();
+                    let image = ImageInfo {
+                        path: options.filename.clone(),
+                        cache: views::cache_mode(cache),
+                        readonly: geometry.read_only,
+                        lock: if geometry.read_only { "shared" } else { "exclusive" },
+                        align_bytes: geometry.block_bytes,
+                    };
+                    let bdev: Arc<dyn Bdev> = Arc::new(bdev);
+                    engine.add_disk(Disk { name, bdev, kind: BdevKind::Uring, null: None, image: Some(image) })
+                });
+                engine.finished.push((token, result));
+            })
+        };
+        self.jobs.start("open-image", job).map_err(|e| failed(io_errno(&e), format!("cannot start a thread: {e}")))?;
+        self.opening.push(job_name);
+        Ok(Progress::Later)
+    }
+
+    /// The figures of a bdev over its present and former controllers.
+    fn disk_figures(&self, bdev: &str) -> DiskFigures {
+        let mut sum = self.former.get(bdev).cloned().unwrap_or_default();
+        for controller in self.controllers.iter().filter(|c| c.spec().bdev == bdev) {
+            sum.add(&DiskFigures::of(controller.queue_statuses().iter().map(|s| s.stats.as_ref())));
+        }
+        sum
+    }
+
+    /// The stage tables of a controller since the last reset, as (queue, operation, stage, figures).
+    fn stage_rows(&self, controller: &Controller) -> Vec<(u16, IoOp, Stage, LatencySnapshot)> {
+        let base = self.latency_bases.get(&controller.spec().name);
+        let mut rows = Vec::new();
+        for (queue, status) in (0u16..).zip(controller.queue_statuses()) {
+            for op in IoOp::ALL {
+                let stats = status.stats.op(op);
+                if stats.ops_count() == 0 {
+                    continue;
+                }
+                for stage in Stage::ALL {
+                    let mut snapshot = stats.stage(stage).snapshot();
+                    if let Some(base) = base.and_then(|b| b.get(&(queue, op, stage as u8))) {
+                        snapshot = snapshot.since(base);
+                    }
+                    if snapshot.count() > 0 {
+                        rows.push((queue, op, stage, snapshot));
+                    }
+                }
+            }
+        }
+        rows
+    }
+
+    fn filtered<'a>(&'a self, filter: &LatencyFilter<'_>) -> Result<Vec<&'a Controller>, EngineError> {
+        if let Some(name) = filter.controller {
+            self.controller(name)?;
+        }
+        if let Some(name) = filter.bdev {
+            self.disk(name)?;
+        }
+        let wanted = |c: &&Controller| {
+            filter.controller.is_none_or(|name| c.spec().name == name)
+                && filter.bdev.is_none_or(|name| c.spec().bdev == name)
+        };
+        Ok(self.controllers.iter().filter(wanted).collect())
+    }
+}
+
+/// Opens an image; while a lock that may pass is in the way, tries again for a bounded time.
+fn open_with_retry(name: &str, options: &UringOptions) -> Result<UringBdev, UringOpenError> {
+    let deadline = Instant::now() + LOCK_RETRY_MAX;
+    let mut told = false;
+    loop {
+        match UringBdev::open(name, options) {
+            Err(error) if error.may_pass() && Instant::now() < deadline => {
+                if !told {
+                    tracing::warn!("{error}; waiting up to {} s for it", LOCK_RETRY_MAX.as_secs());
+                    told = true;
+                }
+                std::thread::sleep(LOCK_RETRY_EVERY);
+            }
+            result => return result,
+        }
+    }
+}
+
+impl Engine for DaemonEngine {
+    fn tick_rate(&self) -> u64 {
+        tick_rate()
+    }
+
+    fn ticks_now(&self) -> u64 {
+        ticks_now()
+    }
+
+    fn bdevs(&self) -> Vec<BdevInfo> {
+        let claimed: Vec<String> = self
+            .registry
+            .list()
+            .into_iter()
+            .filter(|(_, owner)| owner.is_some())
+            .map(|(bdev, _)| bdev.info().name().to_owned())
+            .collect();
+        self.disks.iter().map(|disk| views::bdev_info(disk, claimed.contains(&disk.name))).collect()
+    }
+
+    fn create_bdev(&mut self, spec: BdevSpec, token: Token) -> Started {
+        self.registry.check_free(&spec.name).map_err(registry_error)?;
+        if self.opening.contains(&spec.name) {
+            return Err(registry_error(RegistryError::Exists(spec.name)));
+        }
+        let (name, uuid) = (spec.name.clone(), Some(spec.uuid));
+        match &spec.backend {
+            &BackendSpec::Null { block_size, blocks_count } => {
+                let options = NullOptions { blocks_count, block_bytes: block_size, uuid };
+                let null = Arc::new(NullBdev::new(&name, &options).map_err(|e| bdev_error(&e))?);
+                let bdev: Arc<dyn Bdev> = Arc::<NullBdev>::clone(&null);
+                self.add_disk(Disk { name, bdev, kind: BdevKind::Null, null: Some(null), image: None })?;
+            }
+            &BackendSpec::Malloc { block_size, blocks_count } => {
+                let options = MallocOptions { blocks_count, block_bytes: block_size, uuid };
+                let bdev: Arc<dyn Bdev> =
+                    Arc::new(MallocBdev::new(&name, &options).map_err(|e| bdev_error(&e))?);
+                self.add_disk(Disk { name, bdev, kind: BdevKind::Malloc, null: None, image: None })?;
+            }
+            BackendSpec::Uring { path, block_size, readonly, cache, raw_is_explicit } => {
+                let options = UringOptions {
+                    filename: path.clone(),
+                    block_bytes: *block_size,
+                    cache: match cache {
+                        CacheMode::None => uring::CacheMode::None,
+                        CacheMode::Writeback => uring::CacheMode::Writeback,
+                        CacheMode::Writethrough => uring::CacheMode::Writethrough,
+                    },
+                    read_only: *readonly,
+                    format_raw: *raw_is_explicit,
+                    uuid,
+                };
+                return self.open_image(&spec, options, token);
+            }
+        }
+        Ok(Progress::Done)
+    }
+
+    fn delete_bdev(&mut self, name: &str, token: Token) -> Started {
+        let removed = self.registry.remove(name).map_err(registry_error)?;
+        self.disks.retain(|d| d.name != name);
+        self.histograms.remove(name);
+        if removed.is_some() {
+            return Ok(Progress::Done);
+        }
+        self.bdev_deletions.push((name.to_owned(), token));
+        Ok(Progress::Later)
+    }
+
+    fn resize_bdev(&mut self, name: &str, size: Resize, token: Token) -> Started {
+        let disk = self.disk(name)?;
+        match (size, &disk.null) {
+            (Resize::ToBytes(bytes), Some(null)) => {
+                let blocks = bytes / u64::from(disk.bdev.info().geometry().block_bytes);
+                null.set_size(blocks).map_err(|e| bdev_error(&e))?;
+            }
+            (Resize::ToBytes(_), None) => {
+                return Err(EngineError::Refused(format!("bdev {name:?} is not a null bdev; resize its file instead")));
+            }
+            (Resize::Rescan, _) => {}
+        }
+        let (bdev, name) = (Arc::clone(&disk.bdev), name.to_owned());
+        let job = move || -> Applied<DaemonEngine> {
+            let blocks = bdev.rescan();
+            Box::new(move |engine: &mut DaemonEngine| {
+                let result = blocks.map_err(|e| bdev_error(&e)).and_then(|blocks| {
+                    if blocks == 0 {
+                        return Err(failed(libc::EINVAL, format!("bdev {name:?}: the file is empty now; size unchanged")));
+                    }
+                    engine.registry.resize(&name, blocks).map(drop).map_err(registry_error)
+                });
+                engine.finished.push((token, result));
+            })
+        };
+        self.jobs.start("rescan", job).map_err(|e| failed(io_errno(&e), format!("cannot start a thread: {e}")))?;
+        Ok(Progress::Later)
+    }
+
+    fn io_stats(
+        &mut self,
+        names: &[String],
+        per_channel: bool,
+        reset: ResetMode,
+    ) -> Result<Vec<IoStats>, EngineError> {
+        let wanted: Vec<String> = if names.is_empty() {
+            self.disks.iter().map(|d| d.name.clone()).collect()
+        } else {
+            names.iter().map(|n| self.disk(n).map(|d| d.name.clone())).collect::<Result<_, _>>()?
+        };
+        let mut rows = Vec::new();
+        for name in wanted {
+            let figures = self.disk_figures(&name);
+            if per_channel {
+                for (number, reactor) in (1u64..).zip(&self.reactors) {
+                    let core = reactor.core().map(|c| c.0);
+                    let queues = self.controllers.iter().filter(|c| c.spec().bdev == name).flat_map(|c| {
+                        c.sessions().into_iter().flat_map(|s| s.queues).filter(move |q| q.core == core)
+                    });
+                    let queues: Vec<_> = queues.map(|q| q.status).collect();
+                    let figures = DiskFigures::of(queues.iter().map(|s| s.stats.as_ref()));
+                    rows.push(figures.to_io_stats(&name, Some(number)));
+                }
+            } else {
+                rows.push(self.io_baselines.apply(&name, &figures, None));
+            }
+            self.io_baselines.reset(&name, figures, reset);
+        }
+        Ok(rows)
+    }
+
+    fn enable_histogram(&mut self, name: &str, enable: bool, op: Option<&str>) -> Result<(), EngineError> {
+        self.disk(name)?;
+        let only = match op {
+            None => None,
+            Some(text) => Some(views::io_op(text).ok_or_else(|| {
+                EngineError::Refused(format!("opc {text:?} is not an operation; use read, write, flush, unmap or write_zeroes"))
+            })?),
+        };
+        if enable {
+            let figures = self.disk_figures(name);
+            self.histograms.insert(name.to_owned(), (only, figures));
+        } else {
+            self.histograms.remove(name);
+        }
+        Ok(())
+    }
+
+    fn histogram(&mut self, name: &str) -> Result<Histogram<u64>, EngineError> {
+        self.disk(name)?;
+        let (only, base) = self.histograms.get(name).ok_or_else(|| {
+            failed(libc::EFAULT, format!("bdev {name:?} has no histogram; call bdev_enable_histogram first"))
+        })?;
+        Ok(self.disk_figures(name).since(base).total_latency(*only).to_histogram())
+    }
+
+    fn controllers(&self) -> Vec<ControllerInfo> {
+        self.controllers
+            .iter()
+            .map(|c| views::controller_info(c, self.pins.get(&c.spec().name).copied().unwrap_or_default()))
+            .collect()
+    }
+
+    fn create_controller(&mut self, spec: ControllerSpec, _token: Token) -> Started {
+        if self.controllers.iter().any(|c| c.spec().name == spec.name) {
+            let message = format!("controller {:?} exists already; choose another name or delete it first", spec.name);
+            return Err(EngineError::Refused(message));
+        }
+        if spec.pin == PinMode::On {
+            let message = "pin = \"on\" is not supported by this version; use \"auto\" or \"off\"".to_owned();
+            return Err(EngineError::Refused(message));
+        }
+        let reactors = views::choose_reactors(&self.reactors, spec.cores.as_deref())?;
+        let pin = spec.pin;
+        let glue = GlueSpec {
+            socket: self.sockets.dir.join(&spec.name),
+            name: spec.name,
+            bdev: spec.bdev,
+            socket_mode: self.sockets.mode,
+            socket_group: self.sockets.group,
+            read_only: spec.readonly,
+            serial: spec.serial,
+            queues_max: spec.queues_max.unwrap_or(QUEUES_DEFAULT),
+        };
+        let name = glue.name.clone();
+        let number = self.next_controller;
+        let controller =
+            Controller::new(number, glue, &self.registry, reactors, &self.events).map_err(controller_error)?;
+        self.next_controller += 1;
+        self.pins.insert(name, pin);
+        self.controllers.push(controller);
+        Ok(Progress::Done)
+    }
+
+    fn delete_controller(&mut self, name: &str, token: Token) -> Started {
+        let missing = || EngineError::NoController(name.to_owned());
+        let found = self.controllers.iter_mut().find(|c| c.spec().name == name);
+        let controller = found.filter(|c| c.state() == ControllerState::Active).ok_or_else(missing)?;
+        controller.begin_delete();
+        let deadline = Instant::now() + DELETE_ANSWER_MAX;
+        self.deletions.insert(name.to_owned(), Deletion { token, deadline });
+        Ok(Progress::Later)
+    }
+
+    fn set_coalescing(&mut self, name: &str, delay_base_us: u32, iops_threshold: u32) -> Result<(), EngineError> {
+        self.controller(name)?.device().coalesce().set(delay_base_us, iops_threshold);
+        Ok(())
+    }
+
+    fn reactors(&self) -> Vec<ReactorInfo> {
+        (1u64..).zip(&self.reactors).map(|(number, r)| views::reactor_info(number, r, self.started)).collect()
+    }
+
+    fn set_idle(&mut self, policy: IdlePolicy, spin_us: Option<u32>) -> Result<(), EngineError> {
+        let spin_us = spin_us.unwrap_or(self.idle.1);
+        self.idle = (policy, spin_us);
+        for reactor in &self.reactors {
+            reactor.set_idle(match policy {
+                IdlePolicy::Poll => reactor::IdlePolicy::Poll,
+                IdlePolicy::Adaptive => reactor::IdlePolicy::Adaptive { spin_ns: u64::from(spin_us) * 1000 },
+            });
+        }
+        Ok(())
+    }
+
+    fn idle(&self) -> (IdlePolicy, u32) {
+        self.idle
+    }
+
+    fn latencies(&mut self, filter: LatencyFilter<'_>) -> Result<Vec<LatencyRow>, EngineError> {
+        let mut rows = Vec::new();
+        for controller in self.filtered(&filter)? {
+            for (queue, op, stage, snapshot) in self.stage_rows(controller) {
+                rows.push(LatencyRow {
+                    controller: controller.spec().name.clone(),
+                    bdev: controller.spec().bdev.clone(),
+                    queue,
+                    op: op.name(),
+                    stage: stage.name(),
+                    histogram: snapshot.to_histogram(),
+                });
+            }
+        }
+        Ok(rows)
+    }
+
+    fn reset_latencies(&mut self, filter: LatencyFilter<'_>) -> Result<(), EngineError> {
+        let mut bases = Vec::new();
+        for controller in self.filtered(&filter)? {
+            let mut base = LatencyBase::new();
+            for (queue, status) in (0u16..).zip(controller.queue_statuses()) {
+                for op in IoOp::ALL {
+                    let stats = status.stats.op(op);
+                    if stats.ops_count() > 0 {
+                        base.extend(Stage::ALL.map(|s| ((queue, op, s as u8), stats.stage(s).snapshot())));
+                    }
+                }
+            }
+            bases.push((controller.spec().name.clone(), base));
+        }
+        self.latency_bases.extend(bases);
+        Ok(())
+    }
+
+    fn kill(&mut self, signal: i32) -> Result<(), EngineError> {
+        self.stop_signal = Some(signal);
+        Ok(())
+    }
+
+    fn set_log_level(&mut self, level: LogLevel) -> Result<(), EngineError> {
+        self.log.set_level(level);
+        Ok(())
+    }
+
+    fn log_level(&self) -> LogLevel {
+        self.log.level()
+    }
+}
