@@ -1,1 +1,3 @@
 //! Part of ringmill.
+
+pub mod guest_lab;
