@@ -102,8 +102,8 @@ impl Qemu {
     }
 }
 
-/// Major and minor number of `QEMU emulator version 7.2.22 (Debian …)`.
-fn version_of(program: &Path) -> Result<(u32, u32), LabError> {
+/// Major and minor number of a program of QEMU's: `QEMU emulator version 7.2.22 (Debian …)`.
+pub(super) fn version_of(program: &Path) -> Result<(u32, u32), LabError> {
     let text = run_text(command(&program.to_string_lossy()).arg("--version"))?;
     parse_version(&text).ok_or_else(|| {
         LabError::protocol("qemu --version", format!("no version number in {text:?}"))

@@ -13,8 +13,12 @@ use serde_json::{Value, json};
 
 use super::lines::Lines;
 use super::process::{Running, ScratchDir};
+use super::qemu::version_of;
 use super::qmp::Qmp;
 use super::{LabError, packages};
+
+/// QUIRK: `qemu-storage-daemon` 7.2 never sends CONFIG_CHANGE, 10.0 does; both seen with the same QEMU.
+const RESIZE_ANNOUNCED_SINCE: (u32, u32) = (10, 0);
 
 const START_WAIT_MAX: Duration = Duration::from_secs(20);
 const STOP_WAIT_MAX: Duration = Duration::from_secs(10);
@@ -58,6 +62,11 @@ pub trait DiskServer {
     /// # Errors
     /// The server refuses.
     fn resize(&mut self, index: usize, size_bytes: u64) -> Result<(), LabError>;
+
+    /// Whether a connected guest hears of a resize.
+    fn announces_resize(&self) -> bool {
+        true
+    }
 
     /// Ends it in an orderly way.
     ///
@@ -180,6 +189,7 @@ struct StorageDaemon {
     disks: Vec<DiskSpec>,
     sockets: Vec<PathBuf>,
     qmp: Qmp,
+    version: (u32, u32),
     process: Running,
     _scratch: ScratchDir,
     _ram: ScratchDir,
@@ -190,6 +200,7 @@ impl StorageDaemon {
         let program = packages::find("qemu-storage-daemon").ok_or_else(|| LabError::Packages {
             list: "qemu-utils (for qemu-storage-daemon)".to_owned(),
         })?;
+        let version = version_of(&program)?;
         let scratch = ScratchDir::new()?;
         let ram = ScratchDir::new_in(Path::new("/dev/shm"))?;
         let qmp_socket = scratch.path().join("qmp");
@@ -229,7 +240,15 @@ impl StorageDaemon {
         for socket in &sockets {
             process.wait_until("a disk's socket", START_WAIT_MAX, || socket.exists())?;
         }
-        Ok(Self { disks: disks.to_vec(), sockets, qmp, process, _scratch: scratch, _ram: ram })
+        Ok(Self {
+            disks: disks.to_vec(),
+            sockets,
+            qmp,
+            version,
+            process,
+            _scratch: scratch,
+            _ram: ram,
+        })
     }
 }
 
@@ -244,6 +263,10 @@ impl DiskServer for StorageDaemon {
         self.qmp
             .execute("block_resize", &json!({ "node-name": node, "size": size_bytes }))
             .map(drop)
+    }
+
+    fn announces_resize(&self) -> bool {
+        self.version >= RESIZE_ANNOUNCED_SINCE
     }
 
     fn stop(mut self: Box<Self>) -> Result<(), LabError> {

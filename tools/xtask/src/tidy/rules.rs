@@ -90,7 +90,7 @@ fn length(source: &Source) -> Option<Finding> {
 }
 
 fn hot_words(source: &Source) -> Vec<Finding> {
-    if !source.is_hot() {
+    if !source.is_hot() || source.is_test_file() {
         return Vec::new();
     }
     let mut findings = Vec::new();
@@ -191,10 +191,10 @@ fn direction(source: &Source) -> Vec<Finding> {
         _ => return Vec::new(),
     };
     let mut findings = Vec::new();
+    if source.is_test_file() {
+        return findings;
+    }
     for (index, line) in source.lines.iter().enumerate().filter(|(_, line)| !line.is_test) {
-        if source.is_test_file() {
-            break;
-        }
         if let Some(name) = forbidden.iter().find(|name| has_word(&line.code, name)) {
             let text = format!(
                 "`{name}` is not below this package, move what both need into ringmill-core"
@@ -269,7 +269,9 @@ mod tests {
             lines_of(&checked("core/src/x.rs", &format!("//! HOT PATH X.\n{body}"))),
             [HOT_LINES_MAX + 1]
         );
-        assert_eq!(checked("core/tests/x.rs", &format!("//! X.\n{body}\n{body}")), []);
+        for path in ["core/tests/x.rs", "core/src/x/tests.rs"] {
+            assert_eq!(checked(path, &format!("//! X.\n{body}\n{body}")), []);
+        }
     }
 
     #[test]

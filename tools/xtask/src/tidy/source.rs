@@ -57,9 +57,10 @@ impl Source {
         self.header().any(|line| line.contains("HOT PATH"))
     }
 
-    /// Integration tests, benchmarks and examples are whole files.
+    /// Whole files of tests: `x/tests/y.rs`, and `x/tests.rs` which its parent declares under `#[cfg(test)]`.
     pub(super) fn is_test_file(&self) -> bool {
-        self.path.iter().any(|part| part == "tests" || part == "benches" || part == "fuzz")
+        let is_dir = |name: &str| self.path.iter().any(|part| part == name);
+        is_dir("tests") || is_dir("fuzz") || self.path.ends_with("tests.rs")
     }
 }
 
