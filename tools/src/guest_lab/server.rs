@@ -310,3 +310,46 @@ pub fn set_len(path: &Path, size_bytes: u64) -> Result<(), LabError> {
     let open = fs::OpenOptions::new().write(true).create(true).truncate(false).open(path);
     open.and_then(|file| file.set_len(size_bytes)).map_err(LabError::io(what))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader};
+
+    use super::*;
+
+    /// A server of one request, which it returns.
+    fn answering(answer: &'static str) -> (Rpc, std::thread::JoinHandle<String>) {
+        let (ours, theirs) = UnixStream::pair().expect("a socket pair");
+        let server = std::thread::spawn(move || {
+            let mut request = String::new();
+            BufReader::new(&theirs).read_line(&mut request).expect("a request");
+            (&theirs).write_all(answer.as_bytes()).expect("the client listens");
+            request
+        });
+        (Rpc::new(ours).expect("a connected socket"), server)
+    }
+
+    #[test]
+    fn a_call_is_one_json_object_and_its_result_is_returned() {
+        let (mut rpc, server) = answering("{\"jsonrpc\":\"2.0\",\"id\":1,\"result\":true}\n");
+        assert_eq!(
+            rpc.call("bdev_uring_rescan", &json!({ "name": "vm0" })).expect("a result"),
+            json!(true)
+        );
+        let request: Value =
+            serde_json::from_str(&server.join().expect("the server ends")).expect("JSON");
+        assert_eq!(request["method"], "bdev_uring_rescan");
+        assert_eq!(request["params"]["name"], "vm0");
+    }
+
+    #[test]
+    fn a_refusal_is_told_with_the_request() {
+        let (mut rpc, _server) =
+            answering("{\"id\":1,\"error\":{\"code\":-19,\"message\":\"no such bdev\"}}\n");
+        let error = rpc
+            .call("bdev_uring_rescan", &json!({ "name": "vm0" }))
+            .expect_err("a refusal")
+            .to_string();
+        assert!(error.contains("no such bdev") && error.contains("vm0"), "{error}");
+    }
+}
