@@ -1,6 +1,8 @@
-//! What `ringmilld` and `ringmillctl` share.
+//! What `ringmilld` and `ringmillctl` share, and what their guest tests need.
 
 pub mod config;
 pub mod ctl;
+pub mod daemon;
+pub mod guest_lab;
 pub mod hist;
 pub mod rpc;
