@@ -1,1 +1,15 @@
-//! Part of ringmill.
+//! ringmill-drivers: the block devices behind ringmill's guests.
+//!
+//! [`null`] never touches data, [`malloc`] is a RAM disk, [`uring`] serves files and block devices of the kernel. Every
+//! driver's channel sits behind the [`GateChannel`], the one place that checks bounds, and uring's also behind core's
+//! `AlignChannel`.
+//!
+//! **Invariant:** nothing here knows a guest protocol.
+
+mod flight;
+mod gate;
+pub mod malloc;
+pub mod null;
+pub mod uring;
+
+pub use gate::GateChannel;

@@ -16,6 +16,6 @@ pub use bounce::{Bounce, BouncePool};
 pub use guest::{MemTable, MemTableError, Region, RegionSpec};
 pub use mapping::{Mapping, MappingError};
 pub use seglist::{SegmentList, SegmentLists};
-pub use segment::{RegionId, Segment, pieces, total_bytes};
+pub use segment::{RegionId, Segment, as_iovecs, pieces, total_bytes};
 pub use shared::SharedSlice;
 pub use sigbus::install_sigbus_handler;

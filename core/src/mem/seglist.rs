@@ -36,6 +36,15 @@ impl SegmentList {
             SegmentList::Pooled(list) => list,
         }
     }
+
+    /// The segments, for a driver that moves their start on as pieces complete.
+    #[inline]
+    pub fn as_mut_slice(&mut self) -> &mut [Segment] {
+        match self {
+            SegmentList::Inline(list) => list,
+            SegmentList::Pooled(list) => list,
+        }
+    }
 }
 
 /// A reactor's memory for long lists; untouched until used.

@@ -114,6 +114,25 @@ impl Segment {
     }
 }
 
+// `as_iovecs` relies on these: address first, then a length whose upper half is the region.
+const _: () = assert!(
+    size_of::<libc::iovec>() == size_of::<Segment>()
+        && std::mem::offset_of!(libc::iovec, iov_base) == std::mem::offset_of!(Segment, host)
+        && std::mem::offset_of!(libc::iovec, iov_len) == std::mem::offset_of!(Segment, len_bytes)
+        && std::mem::offset_of!(Segment, region) == 12
+        && cfg!(target_endian = "little")
+);
+
+/// Turns segments, in place, into the kernel's `iovec` array and returns its address. They forget their regions and stay
+/// usable as segments otherwise: a driver keeps one copy of a request's list and needs no second array.
+#[inline]
+pub fn as_iovecs(segments: &mut [Segment]) -> *const libc::iovec {
+    for segment in segments.iter_mut() {
+        segment.region = RegionId(0);
+    }
+    segments.as_ptr().cast()
+}
+
 /// Asks the processor to fetch the cache line at `addr`; never faults.
 #[inline]
 pub(super) fn prefetch(addr: HostAddr) {
@@ -158,4 +177,21 @@ pub fn pieces(
 #[must_use]
 pub fn total_bytes(segments: &[Segment]) -> u64 {
     segments.iter().map(|s| bytes_u64(index(s.len_bytes()))).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn segments_in_place_are_iovecs() {
+        let mut list = [(4096, 7, RegionId::POOL), (1 << 40, u32::MAX, RegionId(3))]
+            .map(|(host, len, id)| Segment::new(HostAddr(host), len, id));
+        let iovecs = as_iovecs(&mut list);
+        // SAFETY: two iovecs lie in `list`, whose layout is asserted above.
+        let (first, second) = unsafe { (*iovecs, *iovecs.add(1)) };
+        assert_eq!((first.iov_base as usize, first.iov_len), (4096, 7));
+        assert_eq!((second.iov_base as usize, second.iov_len), (1 << 40, 0xffff_ffff));
+        assert_eq!(list[1].len_bytes(), u32::MAX);
+    }
 }

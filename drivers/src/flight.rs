@@ -1,0 +1,346 @@
+//! HOT PATH
+//! The operations that one channel has on the reactor's ring, with the memory that the kernel reaches meanwhile.
+//!
+//! Flow: `insert` a request's segments → `transfer` or `start` an entry → `landed` brings its result → again, or `remove`.
+//! Owner: one reactor. **Invariant:** while an operation is out, its slot (and so the iovec array inside) neither moves
+//! nor goes away: `remove` refuses, and dropping leaks the slots. A result without an operation is counted.
+#![expect(unsafe_code)] // UNSAFETY: ring entries that name memory which the kernel reaches later.
+
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use io_uring::types::FsyncFlags;
+use io_uring::{opcode, squeue};
+use ringmill_core::io::{Slots, Tag};
+use ringmill_core::mem::{Segment, SegmentList, as_iovecs};
+use ringmill_core::reactor::{ClientId, FixedFile, Ring, RingError};
+use ringmill_core::units::{bytes_u64, index, len_u32, usize_of};
+
+/// Segments of one entry (UIO_MAXIOV, `linux/uio.h`).
+const ENTRY_SEGMENTS_MAX: usize = 1024;
+
+/// Bytes of one entry: below the kernel's own cut at 2 GiB less a page, and a multiple of every block.
+const ENTRY_BYTES_MAX: u64 = 1 << 30;
+
+/// BLOCK_URING_CMD_DISCARD, `_IO(0x12, 0)` (`linux/blkdev.h`, Linux 6.12).
+pub(crate) const BLOCK_URING_CMD_DISCARD: u32 = 0x1200;
+
+/// Which way data goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Direction {
+    /// Medium to memory.
+    Read,
+    /// Memory to medium, with these RWF_ flags.
+    Write(i32),
+}
+
+/// An operation without guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Plain {
+    /// fdatasync.
+    DataSync,
+    /// fallocate with this mode.
+    Fallocate { mode: i32, offset_bytes: u64, len_bytes: u64 },
+    /// Discard on a block device.
+    BlockDiscard { offset_bytes: u64, len_bytes: u64 },
+}
+
+/// One request on its way.
+#[derive(Debug)]
+pub(crate) struct Flight<T> {
+    segments: SegmentList,
+    /// The first segment that is not done.
+    first: usize,
+    /// The kernel (or a helper) has it.
+    out: bool,
+    state: T,
+}
+
+/// Slots, allocated on a control thread before there is a ring to use them with.
+pub(crate) type FlightSlots<T> = Slots<Flight<T>>;
+
+/// All requests of one channel on the ring.
+#[derive(Debug)]
+pub(crate) struct Flights<T> {
+    slots: ManuallyDrop<FlightSlots<T>>,
+    client: ClientId,
+    file: FixedFile,
+    out_count: usize,
+    stale_count: u64,
+}
+
+impl<T> Flights<T> {
+    /// Becomes a client of the ring, with `fd` in its file table.
+    ///
+    /// # Errors
+    /// The ring is full or the kernel refuses.
+    #[cold]
+    pub(crate) fn open(
+        slots: FlightSlots<T>,
+        ring: &mut Ring,
+        fd: BorrowedFd<'_>,
+    ) -> Result<Flights<T>, RingError> {
+        let client = ring.add_client(slots.room())?;
+        let file = match ring.add_file(fd.as_raw_fd()) {
+            Ok(file) => file,
+            Err(error) => {
+                ring.remove_client(client);
+                return Err(error);
+            }
+        };
+        let slots = ManuallyDrop::new(slots);
+        Ok(Flights { slots, client, file, out_count: 0, stale_count: 0 })
+    }
+
+    /// Leaves the ring.
+    #[cold]
+    pub(crate) fn close(&mut self, ring: &mut Ring) {
+        ring.remove_file(self.file);
+        ring.remove_client(self.client);
+    }
+
+    /// Requests that still fit.
+    #[inline]
+    pub(crate) fn room(&self) -> usize {
+        self.slots.room()
+    }
+
+    /// Requests here.
+    #[inline]
+    pub(crate) fn live_count(&self) -> usize {
+        self.slots.live_count()
+    }
+
+    /// Results that belonged to nothing, since the last call.
+    pub(crate) fn take_stale(&mut self) -> u64 {
+        std::mem::take(&mut self.stale_count)
+    }
+
+    /// All states.
+    pub(crate) fn states(&self) -> impl Iterator<Item = &T> {
+        self.slots.iter().map(|(_, flight)| &flight.state)
+    }
+
+    /// Takes a request in.
+    ///
+    /// # Errors
+    /// Returns the segments when there is no slot.
+    #[inline]
+    pub(crate) fn insert(&mut self, segments: SegmentList, state: T) -> Result<Tag, SegmentList> {
+        self.slots
+            .insert(Flight { segments, first: 0, out: false, state })
+            .map_err(|flight| flight.segments)
+    }
+
+    /// What the channel keeps with the request.
+    #[inline]
+    pub(crate) fn state(&mut self, tag: Tag) -> Option<&mut T> {
+        self.slots.get_mut(tag).map(|flight| &mut flight.state)
+    }
+
+    /// Gives a request's segments and state back; `None` while it is out.
+    #[inline]
+    pub(crate) fn remove(&mut self, tag: Tag) -> Option<(SegmentList, T)> {
+        if self.slots.get_mut(tag)?.out {
+            return None;
+        }
+        self.slots.remove(tag).map(|flight| (flight.segments, flight.state))
+    }
+
+    /// Sends the next piece of at most `left_bytes` to or from `offset_bytes`; returns its length, or `None` when the
+    /// ring takes nothing now.
+    #[inline]
+    pub(crate) fn transfer(
+        &mut self,
+        ring: &mut Ring,
+        tag: Tag,
+        direction: Direction,
+        offset_bytes: u64,
+        left_bytes: u64,
+    ) -> Option<u64> {
+        let flight = self.slots.get_mut(tag).filter(|flight| !flight.out)?;
+        let segments = flight.segments.as_mut_slice().get_mut(flight.first..).unwrap_or(&mut []);
+        let limit = left_bytes.min(ENTRY_BYTES_MAX);
+        let file = self.file.as_fixed();
+        let (entry, piece_bytes) = match cut(segments, limit) {
+            // Also the way of a list that ran out: nothing is moved, which the channel takes for an error.
+            Cut::One(host, len) => {
+                let pointer = host as *mut u8;
+                let entry = match direction {
+                    Direction::Read => {
+                        opcode::Read::new(file, pointer, len).offset(offset_bytes).build()
+                    }
+                    Direction::Write(flags) => opcode::Write::new(file, pointer, len)
+                        .offset(offset_bytes)
+                        .rw_flags(flags)
+                        .build(),
+                };
+                (entry, u64::from(len))
+            }
+            Cut::Many(count, bytes) => {
+                let (iovecs, count) = (as_iovecs(&mut segments[..count]), len_u32(count));
+                let entry = match direction {
+                    Direction::Read => {
+                        opcode::Readv::new(file, iovecs, count).offset(offset_bytes).build()
+                    }
+                    Direction::Write(flags) => opcode::Writev::new(file, iovecs, count)
+                        .offset(offset_bytes)
+                        .rw_flags(flags)
+                        .build(),
+                };
+                (entry, bytes)
+            }
+        };
+        // SAFETY: the data lies in live mappings until the request is completed (invariant of `Segment`), which happens
+        // only after `landed`; the iovecs lie in this slot or in a list that it owns, which stay where they are while
+        // `out` (invariant of this module; `Slots` never moves a value).
+        if !unsafe { ring.push(self.client, u64::from(tag.0), entry) } {
+            return None;
+        }
+        flight.out = true;
+        self.out_count += 1;
+        Some(piece_bytes)
+    }
+
+    /// Sends an operation without guest memory; false when the ring takes nothing now.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn start(&mut self, ring: &mut Ring, tag: Tag, plain: Plain) -> bool {
+        let Some(flight) = self.slots.get_mut(tag).filter(|flight| !flight.out) else {
+            return false;
+        };
+        let entry = plain_entry(self.file, plain);
+        // SAFETY: the entry names no memory (`plain_entry` builds only such).
+        let pushed = unsafe { ring.push(self.client, u64::from(tag.0), entry) };
+        flight.out |= pushed;
+        self.out_count += usize::from(pushed);
+        pushed
+    }
+
+    /// Marks a request as handed to a helper outside the ring.
+    pub(crate) fn depart(&mut self, tag: Tag) {
+        if let Some(flight) = self.slots.get_mut(tag).filter(|flight| !flight.out) {
+            flight.out = true;
+            self.out_count += 1;
+        }
+    }
+
+    /// The helper has ended it; false for a request that was not out.
+    pub(crate) fn arrive(&mut self, tag: Tag) -> bool {
+        match self.slots.get_mut(tag) {
+            Some(flight) if flight.out => {
+                flight.out = false;
+                self.out_count -= 1;
+                true
+            }
+            _ => {
+                self.stale_count += 1;
+                false
+            }
+        }
+    }
+
+    /// The next result: the request and what the kernel says.
+    #[inline]
+    pub(crate) fn landed(&mut self, ring: &mut Ring) -> Option<(Tag, i32)> {
+        while let Some(event) = ring.next_event(self.client) {
+            let tag = Tag(len_u32(usize_of(event.token)));
+            if self.arrive(tag) {
+                return Some((tag, event.result));
+            }
+        }
+        None
+    }
+
+    /// Moves a request's start on by `done_bytes`, after a piece that was not the whole.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn advance(&mut self, tag: Tag, mut done_bytes: u64) {
+        let Some(flight) = self.slots.get_mut(tag).filter(|flight| !flight.out) else { return };
+        while let Some(segment) = flight.segments.as_mut_slice().get_mut(flight.first) {
+            let len = u64::from(segment.len_bytes());
+            if done_bytes < len {
+                *segment = segment.sub(len_u32(usize_of(done_bytes)), u32::MAX);
+                return;
+            }
+            done_bytes -= len;
+            flight.first += 1;
+        }
+    }
+
+    /// Exchanges the segments of a request that is not out: zeroes to be written instead of none.
+    #[cold]
+    pub(crate) fn exchange(&mut self, tag: Tag, segments: SegmentList) -> SegmentList {
+        match self.slots.get_mut(tag).filter(|flight| !flight.out) {
+            Some(flight) => {
+                flight.first = 0;
+                std::mem::replace(&mut flight.segments, segments)
+            }
+            None => segments,
+        }
+    }
+}
+
+impl<T> Drop for Flights<T> {
+    fn drop(&mut self) {
+        if self.out_count == 0 {
+            // SAFETY: dropped once, here.
+            unsafe { ManuallyDrop::drop(&mut self.slots) };
+        }
+        // Otherwise the kernel still reaches the slots: leaking them is the only answer.
+    }
+}
+
+/// The first piece of a list.
+enum Cut {
+    /// One segment: address and length.
+    One(usize, u32),
+    /// The first so many segments, and their bytes.
+    Many(usize, u64),
+}
+
+#[inline]
+fn cut(segments: &[Segment], limit_bytes: u64) -> Cut {
+    let Some(first) = segments.first() else { return Cut::One(0, 0) };
+    let first_len = u64::from(first.len_bytes());
+    if segments.len() == 1 || first_len >= limit_bytes {
+        return Cut::One(first.host().0, len_u32(usize_of(first_len.min(limit_bytes))));
+    }
+    let mut bytes = 0;
+    let mut count = 0;
+    for segment in segments.iter().take(ENTRY_SEGMENTS_MAX) {
+        let len = bytes_u64(index(segment.len_bytes()));
+        if bytes + len > limit_bytes {
+            break;
+        }
+        bytes += len;
+        count += 1;
+    }
+    Cut::Many(count, bytes)
+}
+
+fn plain_entry(file: FixedFile, plain: Plain) -> squeue::Entry {
+    let file = file.as_fixed();
+    match plain {
+        Plain::DataSync => opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build(),
+        Plain::Fallocate { mode, offset_bytes, len_bytes } => {
+            opcode::Fallocate::new(file, len_bytes).offset(offset_bytes).mode(mode).build()
+        }
+        Plain::BlockDiscard { offset_bytes, len_bytes } => discard_command(
+            opcode::UringCmd16::new(file, BLOCK_URING_CMD_DISCARD),
+            offset_bytes,
+            len_bytes,
+        ),
+    }
+}
+
+/// The command's range lies in `addr` and in the first half of the command bytes, where `addr3` is.
+pub(crate) fn discard_command(
+    command: opcode::UringCmd16,
+    offset_bytes: u64,
+    len_bytes: u64,
+) -> squeue::Entry {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&len_bytes.to_ne_bytes());
+    command.addr(Some(offset_bytes)).cmd(bytes).build()
+}

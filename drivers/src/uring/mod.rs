@@ -1,0 +1,160 @@
+//! Files and block devices of the kernel, through the reactor's io_uring.
+//!
+//! Flow: `open` looks at the image on a control thread, locks it and finds out what it can do; each reactor's channel
+//! puts entries on its shared ring. Owner: the bdev owns the one open file description that all I/O and the lock use.
+//! **Invariant:** nothing but `open` and `rescan` makes a system call that may block, and both run on control threads.
+
+mod ability;
+mod channel;
+mod error;
+mod format;
+mod helper;
+mod lock;
+mod mounts;
+mod open;
+mod probe;
+mod ranges;
+mod work;
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use ringmill_core::bdev::{
+    AlignChannel, Alignment, Bdev, BdevError, BdevInfo, BlockLocks, ChannelSeed,
+};
+use ringmill_core::io::Slots;
+use ringmill_core::reactor::Clock;
+
+use crate::GateChannel;
+use ability::Abilities;
+use channel::UringChannel;
+
+pub use error::{OpenProblem, UringOpenError};
+pub use open::{CacheMode, UringOptions};
+
+/// Requests of one channel in the kernel at a time; more wait on their virtqueues.
+const REQUESTS_MAX: usize = 256;
+
+/// What all channels of one disk share.
+#[derive(Debug)]
+struct Shared {
+    file: File,
+    abilities: Abilities,
+    /// Every write is stable before it completes.
+    write_through: bool,
+    /// Bytes that lengths of transfers come in; a read that ends elsewhere met the end of the file.
+    transfer_unit_bytes: u32,
+    counters: Counters,
+}
+
+/// Rare events, over all channels.
+#[derive(Debug, Default)]
+struct Counters {
+    /// Transfers that the kernel did in more than one piece.
+    continued: AtomicU64,
+    /// Operations tried again (EINTR, EAGAIN).
+    retried: AtomicU64,
+    /// Results that belonged to nothing.
+    stale: AtomicU64,
+}
+
+impl Counters {
+    #[cold]
+    fn note(counter: &AtomicU64, by: u64) {
+        counter.fetch_add(by, Ordering::Relaxed);
+    }
+}
+
+/// When a channel's oldest request started, nanoseconds of the reactor's clock; 0: nothing is in flight.
+type OldestStart = AtomicU64;
+
+/// A file or block device of the kernel.
+#[derive(Debug)]
+pub struct UringBdev {
+    info: Arc<BdevInfo>,
+    shared: Arc<Shared>,
+    rules: Alignment,
+    locks: Option<Arc<BlockLocks>>,
+    channels: Mutex<Vec<Weak<OldestStart>>>,
+    facts: Vec<(&'static str, String)>,
+}
+
+impl UringBdev {
+    /// Opens an image for guests. Blocks; for control threads. Asks for the image's lock once: where
+    /// [`UringOpenError::may_pass`] says so, the caller tries again for a while.
+    ///
+    /// # Errors
+    /// One sentence that says what is wrong and what to do.
+    pub fn open(name: &str, options: &UringOptions) -> Result<UringBdev, UringOpenError> {
+        open::open(name, options)
+    }
+
+    /// Age of the oldest request that the kernel has not answered, nanoseconds; 0 when nothing is in flight. Exact to
+    /// some tenths of a second.
+    #[must_use]
+    pub fn oldest_inflight_ns(&self) -> u64 {
+        let now_ns = Clock::real().now_ns();
+        let channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
+        let starts = channels.iter().filter_map(Weak::upgrade);
+        let oldest = starts.map(|s| s.load(Ordering::Relaxed)).filter(|&ns| ns > 0).min();
+        oldest.map_or(0, |start_ns| now_ns.saturating_sub(start_ns))
+    }
+}
+
+impl Bdev for UringBdev {
+    fn info(&self) -> &BdevInfo {
+        &self.info
+    }
+
+    fn open_channel(&self) -> Result<ChannelSeed, BdevError> {
+        let oldest = Arc::new(OldestStart::new(0));
+        {
+            let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
+            channels.retain(|c| c.strong_count() > 0);
+            channels.push(Arc::downgrade(&oldest));
+        }
+        let (info, shared) = (Arc::clone(&self.info), Arc::clone(&self.shared));
+        let (rules, locks) = (self.rules, self.locks.clone());
+        let (slots, answers) = (Slots::new(REQUESTS_MAX), helper::answers());
+        Ok(Box::new(move |io| {
+            let Some(ring) = &mut io.ring else {
+                let reason = "a uring disk needs a reactor with an io_uring".to_owned();
+                return Err(BdevError::Refused { name: info.name().to_owned(), reason });
+            };
+            let channel = UringChannel::open(shared, slots, answers, oldest, ring)?;
+            Ok(Box::new(GateChannel::new(AlignChannel::new(channel, rules, locks), info)))
+        }))
+    }
+
+    fn rescan(&self) -> Result<u64, BdevError> {
+        let bytes = probe::size_bytes(&self.shared.file).map_err(|source| BdevError::Io {
+            name: self.info.name().to_owned(),
+            what: "cannot ask for the size".to_owned(),
+            source,
+        })?;
+        Ok(bytes / u64::from(self.info.geometry().block_bytes))
+    }
+
+    fn driver_facts(&self) -> Vec<(&'static str, String)> {
+        let counters = &self.shared.counters;
+        let mut facts = self.facts.clone();
+        facts.extend([
+            ("memory_alignment_bytes", self.rules.address_bytes.to_string()),
+            ("transfer_block_bytes", self.rules.block_bytes.to_string()),
+            ("missing", self.shared.abilities.missing()),
+            ("continued", counters.continued.load(Ordering::Relaxed).to_string()),
+            ("retried", counters.retried.load(Ordering::Relaxed).to_string()),
+            ("stale", counters.stale.load(Ordering::Relaxed).to_string()),
+            ("oldest_inflight_ns", self.oldest_inflight_ns().to_string()),
+        ]);
+        facts
+    }
+}
+
+impl Shared {
+    fn fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}

@@ -1,0 +1,91 @@
+//! Questions to the kernel about an image: its size, its alignment rules for direct I/O, what it can discard.
+//!
+//! Owner: control threads. **Invariant:** no question changes data.
+
+use std::fs::{self, File};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
+
+use ringmill_core::limits::SECTOR_BYTES;
+use ringmill_core::units::bytes_u64;
+use rustix::fs::{AtFlags, FallocateFlags, StatxFlags, fallocate, statx};
+
+use super::mounts::{DeviceNumber, sysfs_dir};
+
+/// Alignment of memory and of file offsets for direct I/O, bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct DirectRules {
+    pub(super) memory_bytes: u32,
+    pub(super) offset_bytes: u32,
+}
+
+/// Memory that satisfies every device.
+#[repr(align(65536))]
+struct Aligned([u8; 4096]);
+
+/// Bytes in a file or block device now.
+pub(super) fn size_bytes(mut file: &File) -> io::Result<u64> {
+    // Works for both, unlike stat; nobody uses the descriptor's position.
+    file.seek(SeekFrom::End(0))
+}
+
+/// What statx says; `Ok(None)` when it does not know, offset 0 when direct I/O is impossible.
+fn stated_rules(file: &File) -> io::Result<Option<DirectRules>> {
+    let answer = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN)?;
+    let known = answer.stx_mask & StatxFlags::DIOALIGN.bits() != 0;
+    Ok(known.then_some(DirectRules {
+        memory_bytes: answer.stx_dio_mem_align,
+        offset_bytes: answer.stx_dio_offset_align,
+    }))
+}
+
+/// The smallest transfer that works, by trying; the file has O_DIRECT set.
+fn tried_rules(file: &File) -> Option<DirectRules> {
+    let mut page = Box::new(Aligned([0; 4096]));
+    [SECTOR_BYTES, 4096].into_iter().find_map(|bytes| {
+        let part = page.0.get_mut(..ringmill_core::units::index(bytes))?;
+        // Also the end of the file answers: what counts is that the kernel does not refuse.
+        let accepted = file.read_at(part, 0).is_ok_and(|n| n > 0);
+        accepted.then_some(DirectRules { memory_bytes: bytes, offset_bytes: bytes })
+    })
+}
+
+/// The rules of a regular file with O_DIRECT set; `None` when direct I/O does not work.
+pub(super) fn file_rules(file: &File) -> Option<DirectRules> {
+    match stated_rules(file) {
+        Ok(Some(rules)) if rules.offset_bytes == 0 => None,
+        Ok(Some(rules)) => Some(DirectRules {
+            memory_bytes: rules.memory_bytes.max(1),
+            offset_bytes: rules.offset_bytes.max(SECTOR_BYTES),
+        }),
+        Ok(None) | Err(_) => tried_rules(file),
+    }
+}
+
+/// The rules of a block device.
+pub(super) fn device_rules(file: &File, device: DeviceNumber) -> io::Result<DirectRules> {
+    let logical_bytes = rustix::fs::ioctl_blksszget(file)?.max(SECTOR_BYTES);
+    // The queue states a mask; kernels that do not state it want whole blocks.
+    let memory_bytes = match queue_number(device, "dma_alignment") {
+        Some(mask) => u32::try_from(mask + 1).unwrap_or(logical_bytes),
+        None => logical_bytes,
+    };
+    Ok(DirectRules {
+        memory_bytes: memory_bytes.checked_next_power_of_two().unwrap_or(logical_bytes),
+        offset_bytes: logical_bytes,
+    })
+}
+
+/// A number from the request queue of a device or of the disk that a partition is on.
+pub(super) fn queue_number(device: DeviceNumber, name: &str) -> Option<u64> {
+    let dir = sysfs_dir(device);
+    let read = |place: &str| fs::read_to_string(format!("{dir}/{place}/{name}")).ok();
+    read("queue").or_else(|| read("../queue"))?.trim().parse().ok()
+}
+
+/// True when the filesystem can punch holes: asked beyond the end of the file, where there is nothing to lose.
+pub(super) fn punches_holes(file: &File, size_bytes: u64) -> bool {
+    let beyond = size_bytes.next_multiple_of(bytes_u64(1 << 20));
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    fallocate(file, flags, beyond, 4096).is_ok()
+}
