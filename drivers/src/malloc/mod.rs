@@ -74,7 +74,7 @@ impl MallocBdev {
 }
 
 impl Bdev for MallocBdev {
-    fn info(&self) -> &BdevInfo {
+    fn info(&self) -> &Arc<BdevInfo> {
         &self.info
     }
 

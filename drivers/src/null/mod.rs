@@ -68,7 +68,7 @@ impl NullBdev {
 }
 
 impl Bdev for NullBdev {
-    fn info(&self) -> &BdevInfo {
+    fn info(&self) -> &Arc<BdevInfo> {
         &self.info
     }
 

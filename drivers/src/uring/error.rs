@@ -28,6 +28,25 @@ impl UringOpenError {
     }
 }
 
+impl UringOpenError {
+    /// The errno that says the same, for clients that go by numbers.
+    #[must_use]
+    pub fn errno(&self) -> i32 {
+        match &self.problem {
+            OpenProblem::Missing { .. } => libc::ENOENT,
+            OpenProblem::Directory { .. } => libc::EISDIR,
+            OpenProblem::Permission { .. } => libc::EACCES,
+            OpenProblem::ReadOnlyMedium { .. } => libc::EROFS,
+            OpenProblem::Mounted { .. }
+            | OpenProblem::Swap { .. }
+            | OpenProblem::Busy { .. }
+            | OpenProblem::Locked { .. } => libc::EBUSY,
+            OpenProblem::Io { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
+            _ => libc::EINVAL,
+        }
+    }
+}
+
 impl From<UringOpenError> for BdevError {
     fn from(error: UringOpenError) -> BdevError {
         BdevError::Refused { reason: error.problem.to_string(), name: error.name }

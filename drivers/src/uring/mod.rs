@@ -104,7 +104,7 @@ impl UringBdev {
 }
 
 impl Bdev for UringBdev {
-    fn info(&self) -> &BdevInfo {
+    fn info(&self) -> &Arc<BdevInfo> {
         &self.info
     }
 

@@ -1,2 +1,19 @@
-//! ringmilld
-fn main() {}
+//! The daemon; see `ringmill_tools::daemon`.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use ringmill_tools::daemon::args::{Cli, Command};
+use ringmill_tools::daemon::control;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        None => control::serve(&cli.serve),
+        Some(Command::Demo(_)) => Ok(ExitCode::SUCCESS),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("ringmilld: {error:#}");
+        ExitCode::FAILURE
+    })
+}

@@ -27,9 +27,9 @@ use super::log::Log;
 use super::views;
 use crate::rpc::Token;
 use crate::rpc::engine::{
-    BackendSpec, BdevInfo, BdevKind, BdevSpec, CacheMode, ControllerInfo, ControllerSpec, Engine, EngineError,
-    IdlePolicy, ImageInfo, IoStats, LatencyFilter, LatencyRow, LogLevel, PinMode, Progress, ReactorInfo, ResetMode,
-    Resize, Started,
+    BackendSpec, BdevInfo, BdevKind, BdevSpec, CacheMode, ControllerInfo, ControllerSpec, Engine,
+    EngineError, IdlePolicy, ImageInfo, IoStats, LatencyFilter, LatencyRow, LogLevel, PinMode,
+    Progress, ReactorInfo, ResetMode, Resize, Started,
 };
 
 /// How long a start waits for the lock of an image that a dying predecessor still holds.
@@ -115,14 +115,18 @@ fn registry_error(error: RegistryError) -> EngineError {
     match error {
         RegistryError::Exists(_) => failed(libc::EEXIST, error.to_string()),
         RegistryError::Missing(name) => EngineError::NoBdev(name),
-        RegistryError::Claimed { .. } | RegistryError::Name(_) => EngineError::Refused(error.to_string()),
+        RegistryError::Claimed { .. } | RegistryError::Name(_) => {
+            EngineError::Refused(error.to_string())
+        }
     }
 }
 
 fn controller_error(error: ControllerError) -> EngineError {
     match error {
         ControllerError::Socket { ref source, .. } => failed(io_errno(source), error.to_string()),
-        ControllerError::Bdev(error @ RegistryError::Missing(_)) => EngineError::Refused(error.to_string()),
+        ControllerError::Bdev(error @ RegistryError::Missing(_)) => {
+            EngineError::Refused(error.to_string())
+        }
         ControllerError::Bdev(error) => registry_error(error),
         other => EngineError::Refused(other.to_string()),
     }
@@ -185,13 +189,20 @@ impl DaemonEngine {
     }
 
     /// All controllers, for the control loop's poll.
+    pub fn serving(&self) -> &[Controller] {
+        &self.controllers
+    }
+
+    /// All controllers, for the control loop's news.
     pub fn controllers_mut(&mut self) -> &mut Vec<Controller> {
         &mut self.controllers
     }
 
     /// News for a controller.
     pub fn on_event(&mut self, event: Event) {
-        if let Some(controller) = self.controllers.iter_mut().find(|c| c.number() == event.controller) {
+        if let Some(controller) =
+            self.controllers.iter_mut().find(|c| c.number() == event.controller)
+        {
             controller.on_event(event);
         }
     }
@@ -206,7 +217,8 @@ impl DaemonEngine {
             }
             let controller = self.controllers.remove(at);
             let name = controller.spec().name.clone();
-            let figures = DiskFigures::of(controller.queue_statuses().iter().map(|s| s.stats.as_ref()));
+            let figures =
+                DiskFigures::of(controller.queue_statuses().iter().map(|s| s.stats.as_ref()));
             self.former.entry(controller.spec().bdev.clone()).or_default().add(&figures);
             self.latency_bases.remove(&name);
             self.pins.remove(&name);
@@ -214,8 +226,12 @@ impl DaemonEngine {
                 self.finished.push((deletion.token, Ok(())));
             }
         }
-        let late: Vec<String> =
-            self.deletions.iter().filter(|(_, d)| d.deadline <= now).map(|(name, _)| name.clone()).collect();
+        let late: Vec<String> = self
+            .deletions
+            .iter()
+            .filter(|(_, d)| d.deadline <= now)
+            .map(|(name, _)| name.clone())
+            .collect();
         for name in late {
             if let Some(deletion) = self.deletions.remove(&name) {
                 tracing::warn!(controller = %name, "still draining; the deletion goes on");
@@ -256,7 +272,10 @@ impl DaemonEngine {
     }
 
     fn disk(&self, name: &str) -> Result<&Disk, EngineError> {
-        self.disks.iter().find(|d| d.name == name).ok_or_else(|| EngineError::NoBdev(name.to_owned()))
+        self.disks
+            .iter()
+            .find(|d| d.name == name)
+            .ok_or_else(|| EngineError::NoBdev(name.to_owned()))
     }
 
     fn add_disk(&mut self, disk: Disk) -> Result<(), EngineError> {
@@ -286,12 +305,20 @@ impl DaemonEngine {
                         align_bytes: geometry.block_bytes,
                     };
                     let bdev: Arc<dyn Bdev> = Arc::new(bdev);
-                    engine.add_disk(Disk { name, bdev, kind: BdevKind::Uring, null: None, image: Some(image) })
+                    engine.add_disk(Disk {
+                        name,
+                        bdev,
+                        kind: BdevKind::Uring,
+                        null: None,
+                        image: Some(image),
+                    })
                 });
                 engine.finished.push((token, result));
             })
         };
-        self.jobs.start("open-image", job).map_err(|e| failed(io_errno(&e), format!("cannot start a thread: {e}")))?;
+        self.jobs
+            .start("open-image", job)
+            .map_err(|e| failed(io_errno(&e), format!("cannot start a thread: {e}")))?;
         self.opening.push(job_name);
         Ok(Progress::Later)
     }
@@ -329,7 +356,10 @@ impl DaemonEngine {
         rows
     }
 
-    fn filtered<'a>(&'a self, filter: &LatencyFilter<'_>) -> Result<Vec<&'a Controller>, EngineError> {
+    fn filtered<'a>(
+        &'a self,
+        filter: &LatencyFilter<'_>,
+    ) -> Result<Vec<&'a Controller>, EngineError> {
         if let Some(name) = filter.controller {
             self.controller(name)?;
         }
@@ -393,13 +423,25 @@ impl Engine for DaemonEngine {
                 let options = NullOptions { blocks_count, block_bytes: block_size, uuid };
                 let null = Arc::new(NullBdev::new(&name, &options).map_err(|e| bdev_error(&e))?);
                 let bdev: Arc<dyn Bdev> = Arc::<NullBdev>::clone(&null);
-                self.add_disk(Disk { name, bdev, kind: BdevKind::Null, null: Some(null), image: None })?;
+                self.add_disk(Disk {
+                    name,
+                    bdev,
+                    kind: BdevKind::Null,
+                    null: Some(null),
+                    image: None,
+                })?;
             }
             &BackendSpec::Malloc { block_size, blocks_count } => {
                 let options = MallocOptions { blocks_count, block_bytes: block_size, uuid };
                 let bdev: Arc<dyn Bdev> =
                     Arc::new(MallocBdev::new(&name, &options).map_err(|e| bdev_error(&e))?);
-                self.add_disk(Disk { name, bdev, kind: BdevKind::Malloc, null: None, image: None })?;
+                self.add_disk(Disk {
+                    name,
+                    bdev,
+                    kind: BdevKind::Malloc,
+                    null: None,
+                    image: None,
+                })?;
             }
             BackendSpec::Uring { path, block_size, readonly, cache, raw_is_explicit } => {
                 let options = UringOptions {
@@ -407,8 +449,8 @@ impl Engine for DaemonEngine {
                     block_bytes: *block_size,
                     cache: match cache {
                         CacheMode::None => uring::CacheMode::None,
-                        CacheMode::Writeback => uring::CacheMode::Writeback,
-                        CacheMode::Writethrough => uring::CacheMode::Writethrough,
+                        CacheMode::Writeback => uring::CacheMode::WriteBack,
+                        CacheMode::Writethrough => uring::CacheMode::WriteThrough,
                     },
                     read_only: *readonly,
                     format_raw: *raw_is_explicit,
@@ -439,7 +481,9 @@ impl Engine for DaemonEngine {
                 null.set_size(blocks).map_err(|e| bdev_error(&e))?;
             }
             (Resize::ToBytes(_), None) => {
-                return Err(EngineError::Refused(format!("bdev {name:?} is not a null bdev; resize its file instead")));
+                return Err(EngineError::Refused(format!(
+                    "bdev {name:?} is not a null bdev; resize its file instead"
+                )));
             }
             (Resize::Rescan, _) => {}
         }
@@ -449,14 +493,19 @@ impl Engine for DaemonEngine {
             Box::new(move |engine: &mut DaemonEngine| {
                 let result = blocks.map_err(|e| bdev_error(&e)).and_then(|blocks| {
                     if blocks == 0 {
-                        return Err(failed(libc::EINVAL, format!("bdev {name:?}: the file is empty now; size unchanged")));
+                        return Err(failed(
+                            libc::EINVAL,
+                            format!("bdev {name:?}: the file is empty now; size unchanged"),
+                        ));
                     }
                     engine.registry.resize(&name, blocks).map(drop).map_err(registry_error)
                 });
                 engine.finished.push((token, result));
             })
         };
-        self.jobs.start("rescan", job).map_err(|e| failed(io_errno(&e), format!("cannot start a thread: {e}")))?;
+        self.jobs
+            .start("rescan", job)
+            .map_err(|e| failed(io_errno(&e), format!("cannot start a thread: {e}")))?;
         Ok(Progress::Later)
     }
 
@@ -477,9 +526,13 @@ impl Engine for DaemonEngine {
             if per_channel {
                 for (number, reactor) in (1u64..).zip(&self.reactors) {
                     let core = reactor.core().map(|c| c.0);
-                    let queues = self.controllers.iter().filter(|c| c.spec().bdev == name).flat_map(|c| {
-                        c.sessions().into_iter().flat_map(|s| s.queues).filter(move |q| q.core == core)
-                    });
+                    let queues =
+                        self.controllers.iter().filter(|c| c.spec().bdev == name).flat_map(|c| {
+                            c.sessions()
+                                .into_iter()
+                                .flat_map(|s| s.queues)
+                                .filter(move |q| q.core == core)
+                        });
                     let queues: Vec<_> = queues.map(|q| q.status).collect();
                     let figures = DiskFigures::of(queues.iter().map(|s| s.stats.as_ref()));
                     rows.push(figures.to_io_stats(&name, Some(number)));
@@ -492,7 +545,12 @@ impl Engine for DaemonEngine {
         Ok(rows)
     }
 
-    fn enable_histogram(&mut self, name: &str, enable: bool, op: Option<&str>) -> Result<(), EngineError> {
+    fn enable_histogram(
+        &mut self,
+        name: &str,
+        enable: bool,
+        op: Option<&str>,
+    ) -> Result<(), EngineError> {
         self.disk(name)?;
         let only = match op {
             None => None,
@@ -512,7 +570,10 @@ impl Engine for DaemonEngine {
     fn histogram(&mut self, name: &str) -> Result<Histogram<u64>, EngineError> {
         self.disk(name)?;
         let (only, base) = self.histograms.get(name).ok_or_else(|| {
-            failed(libc::EFAULT, format!("bdev {name:?} has no histogram; call bdev_enable_histogram first"))
+            failed(
+                libc::EFAULT,
+                format!("bdev {name:?} has no histogram; call bdev_enable_histogram first"),
+            )
         })?;
         Ok(self.disk_figures(name).since(base).total_latency(*only).to_histogram())
     }
@@ -520,17 +581,26 @@ impl Engine for DaemonEngine {
     fn controllers(&self) -> Vec<ControllerInfo> {
         self.controllers
             .iter()
-            .map(|c| views::controller_info(c, self.pins.get(&c.spec().name).copied().unwrap_or_default()))
+            .map(|c| {
+                views::controller_info(
+                    c,
+                    self.pins.get(&c.spec().name).copied().unwrap_or_default(),
+                )
+            })
             .collect()
     }
 
     fn create_controller(&mut self, spec: ControllerSpec, _token: Token) -> Started {
         if self.controllers.iter().any(|c| c.spec().name == spec.name) {
-            let message = format!("controller {:?} exists already; choose another name or delete it first", spec.name);
+            let message = format!(
+                "controller {:?} exists already; choose another name or delete it first",
+                spec.name
+            );
             return Err(EngineError::Refused(message));
         }
         if spec.pin == PinMode::On {
-            let message = "pin = \"on\" is not supported by this version; use \"auto\" or \"off\"".to_owned();
+            let message =
+                "pin = \"on\" is not supported by this version; use \"auto\" or \"off\"".to_owned();
             return Err(EngineError::Refused(message));
         }
         let reactors = views::choose_reactors(&self.reactors, spec.cores.as_deref())?;
@@ -547,8 +617,8 @@ impl Engine for DaemonEngine {
         };
         let name = glue.name.clone();
         let number = self.next_controller;
-        let controller =
-            Controller::new(number, glue, &self.registry, reactors, &self.events).map_err(controller_error)?;
+        let controller = Controller::new(number, glue, &self.registry, reactors, &self.events)
+            .map_err(controller_error)?;
         self.next_controller += 1;
         self.pins.insert(name, pin);
         self.controllers.push(controller);
@@ -558,20 +628,29 @@ impl Engine for DaemonEngine {
     fn delete_controller(&mut self, name: &str, token: Token) -> Started {
         let missing = || EngineError::NoController(name.to_owned());
         let found = self.controllers.iter_mut().find(|c| c.spec().name == name);
-        let controller = found.filter(|c| c.state() == ControllerState::Active).ok_or_else(missing)?;
+        let controller =
+            found.filter(|c| c.state() == ControllerState::Active).ok_or_else(missing)?;
         controller.begin_delete();
         let deadline = Instant::now() + DELETE_ANSWER_MAX;
         self.deletions.insert(name.to_owned(), Deletion { token, deadline });
         Ok(Progress::Later)
     }
 
-    fn set_coalescing(&mut self, name: &str, delay_base_us: u32, iops_threshold: u32) -> Result<(), EngineError> {
+    fn set_coalescing(
+        &mut self,
+        name: &str,
+        delay_base_us: u32,
+        iops_threshold: u32,
+    ) -> Result<(), EngineError> {
         self.controller(name)?.device().coalesce().set(delay_base_us, iops_threshold);
         Ok(())
     }
 
     fn reactors(&self) -> Vec<ReactorInfo> {
-        (1u64..).zip(&self.reactors).map(|(number, r)| views::reactor_info(number, r, self.started)).collect()
+        (1u64..)
+            .zip(&self.reactors)
+            .map(|(number, r)| views::reactor_info(number, r, self.started))
+            .collect()
     }
 
     fn set_idle(&mut self, policy: IdlePolicy, spin_us: Option<u32>) -> Result<(), EngineError> {
@@ -580,7 +659,9 @@ impl Engine for DaemonEngine {
         for reactor in &self.reactors {
             reactor.set_idle(match policy {
                 IdlePolicy::Poll => reactor::IdlePolicy::Poll,
-                IdlePolicy::Adaptive => reactor::IdlePolicy::Adaptive { spin_ns: u64::from(spin_us) * 1000 },
+                IdlePolicy::Adaptive => {
+                    reactor::IdlePolicy::Adaptive { spin_ns: u64::from(spin_us) * 1000 }
+                }
             });
         }
         Ok(())
@@ -615,7 +696,9 @@ impl Engine for DaemonEngine {
                 for op in IoOp::ALL {
                     let stats = status.stats.op(op);
                     if stats.ops_count() > 0 {
-                        base.extend(Stage::ALL.map(|s| ((queue, op, s as u8), stats.stage(s).snapshot())));
+                        base.extend(
+                            Stage::ALL.map(|s| ((queue, op, s as u8), stats.stage(s).snapshot())),
+                        );
                     }
                 }
             }

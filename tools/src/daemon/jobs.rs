@@ -40,7 +40,11 @@ impl<T: 'static> Jobs<T> {
     ///
     /// # Errors
     /// When no thread can be started.
-    pub fn start(&self, name: &str, job: impl FnOnce() -> Applied<T> + Send + 'static) -> io::Result<()> {
+    pub fn start(
+        &self,
+        name: &str,
+        job: impl FnOnce() -> Applied<T> + Send + 'static,
+    ) -> io::Result<()> {
         let (sender, wake) = (self.sender.clone(), Arc::clone(&self.wake));
         std::thread::Builder::new().name(name.to_owned()).spawn(move || {
             // The owner is gone only when the daemon ends.

@@ -11,8 +11,8 @@ use ringmill_vmm_glue::blk::{Controller, ControllerState};
 use super::engine::Disk;
 use crate::rpc::cpumask;
 use crate::rpc::engine::{
-    BdevInfo, CacheMode, ControllerInfo, EngineError, IoTypes, PinMode, PollerInfo, QueueInfo, ReactorInfo,
-    SessionInfo, ThreadInfo,
+    BdevInfo, CacheMode, ControllerInfo, EngineError, IoTypes, PinMode, PollerInfo, QueueInfo,
+    ReactorInfo, SessionInfo, ThreadInfo,
 };
 
 const FEATURE_NAMES: [(u64, &str); 15] = [
@@ -37,8 +37,8 @@ const FEATURE_NAMES: [(u64, &str); 15] = [
 pub(super) fn cache_mode(mode: uring::CacheMode) -> CacheMode {
     match mode {
         uring::CacheMode::None => CacheMode::None,
-        uring::CacheMode::Writeback => CacheMode::Writeback,
-        uring::CacheMode::Writethrough => CacheMode::Writethrough,
+        uring::CacheMode::WriteBack => CacheMode::Writeback,
+        uring::CacheMode::WriteThrough => CacheMode::Writethrough,
     }
 }
 
@@ -75,7 +75,10 @@ pub(super) fn bdev_info(disk: &Disk, is_claimed: bool) -> BdevInfo {
 }
 
 /// The reactors of a cpumask.
-pub(super) fn choose_reactors(all: &[ReactorHandle], cores: Option<&[u32]>) -> Result<Vec<ReactorHandle>, EngineError> {
+pub(super) fn choose_reactors(
+    all: &[ReactorHandle],
+    cores: Option<&[u32]>,
+) -> Result<Vec<ReactorHandle>, EngineError> {
     let Some(cores) = cores else { return Ok(all.to_vec()) };
     let has = |core: u32| all.iter().find(|r| r.core().is_some_and(|c| c.0 == core));
     let own: Vec<u32> = all.iter().filter_map(|r| r.core().map(|c| c.0)).collect();
@@ -167,7 +170,11 @@ pub(super) fn reactor_info(number: u64, reactor: &ReactorHandle, started: Instan
         name: p.name,
     };
     let elapsed = started.elapsed().as_secs_f64() * 1e6;
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "microseconds since start fit")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "microseconds since start fit"
+    )]
     let elapsed_ticks = (elapsed as u64).saturating_mul(tick_rate() / 1_000_000);
     ReactorInfo {
         core,
@@ -192,8 +199,10 @@ pub(super) fn reactor_info(number: u64, reactor: &ReactorHandle, started: Instan
 fn cpu_times(core: u32) -> (u64, u64, u64) {
     let text = std::fs::read_to_string("/proc/stat").unwrap_or_default();
     let name = format!("cpu{core}");
-    let line = text.lines().find(|line| line.split_whitespace().next() == Some(&name)).unwrap_or_default();
-    let fields: Vec<u64> = line.split_whitespace().skip(1).map(|f| f.parse().unwrap_or(0)).collect();
+    let line =
+        text.lines().find(|line| line.split_whitespace().next() == Some(&name)).unwrap_or_default();
+    let fields: Vec<u64> =
+        line.split_whitespace().skip(1).map(|f| f.parse().unwrap_or(0)).collect();
     let field = |at: usize| fields.get(at).copied().unwrap_or(0);
     (field(0) + field(1), field(2), field(5) + field(6))
 }

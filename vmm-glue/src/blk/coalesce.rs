@@ -60,7 +60,8 @@ impl Coalescer {
         let threshold = u64::from(iops).max(1);
         // The delay grows with the rate: twice the threshold waits one base delay, three times two, and so on.
         let above = rate.saturating_sub(threshold);
-        self.delay_ns = (u64::from(base_us) * 1000).saturating_mul(above).checked_div(threshold).unwrap_or(0);
+        self.delay_ns =
+            (u64::from(base_us) * 1000).saturating_mul(above).checked_div(threshold).unwrap_or(0);
         self.delay_ns = self.delay_ns.min(DELAY_MAX_NS);
         self.window_start_ns = now_ns;
         self.window_count = 0;
@@ -100,7 +101,10 @@ mod tests {
         let mut queue = Coalescer::default();
         settings.set(100, 1000);
         queue.count(10, WINDOW_NS, &settings);
-        assert!(queue.want(WINDOW_NS) && queue.want(WINDOW_NS + 1), "1,000 per second is not above 1,000");
+        assert!(
+            queue.want(WINDOW_NS) && queue.want(WINDOW_NS + 1),
+            "1,000 per second is not above 1,000"
+        );
         queue.count(30, 2 * WINDOW_NS, &settings);
         assert!(queue.want(2 * WINDOW_NS));
         assert!(!queue.want(2 * WINDOW_NS + 1) && queue.is_due());

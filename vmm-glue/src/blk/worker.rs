@@ -518,7 +518,11 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
         }
         let published_ns = cx.io.clock.now_ns();
         let complete_ns = published_ns.saturating_sub(completed_ns);
-        self.coalescer.count(len_u32(self.finished.len()), published_ns, self.parts.device.coalesce());
+        self.coalescer.count(
+            len_u32(self.finished.len()),
+            published_ns,
+            self.parts.device.coalesce(),
+        );
         for done in self.finished.drain(..) {
             let stats = self.parts.status.stats.op(done.op);
             stats.count(done.bytes, done.ok);
