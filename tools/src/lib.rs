@@ -5,4 +5,5 @@ pub mod ctl;
 pub mod daemon;
 pub mod guest_lab;
 pub mod hist;
+pub mod load;
 pub mod rpc;
