@@ -23,7 +23,7 @@ use ringmill_tools::guest_lab::{Lab, LabError, ScratchDir};
 const MIB: u64 = 1024 * 1024;
 
 /// What serves the disks unless `RINGMILL_GUEST_SERVER` says otherwise.
-const DEFAULT_SERVER: &str = "qemu-storage-daemon";
+const DEFAULT_SERVER: &str = "ringmilld";
 
 /// The firmware takes about two seconds.
 const FIRMWARE_WAIT_MAX: Duration = Duration::from_secs(60);
