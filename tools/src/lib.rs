@@ -3,6 +3,7 @@
 pub mod config;
 pub mod ctl;
 pub mod daemon;
+pub mod demo;
 pub mod guest_lab;
 pub mod hist;
 pub mod load;

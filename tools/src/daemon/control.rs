@@ -40,15 +40,6 @@ const AGES_EVERY: Duration = Duration::from_secs(1);
 /// Exit code when a device does not give its requests back.
 const EXIT_STUCK: u8 = 3;
 
-/// What the daemon starts with, after command line, configuration and defaults.
-#[derive(Debug)]
-struct Settings {
-    cores: Vec<u32>,
-    sockets: SocketSettings,
-    rpc_socket: PathBuf,
-    idle: reactor::IdlePolicy,
-}
-
 fn settings(args: &ServeArgs, file: &DaemonSettings) -> anyhow::Result<Settings> {
     let cores = match &args.cores {
         Some(text) => cpumask::parse(text).map_err(|e| anyhow::anyhow!("--cores: {e}"))?,
@@ -87,7 +78,7 @@ fn default_rpc_socket() -> PathBuf {
 }
 
 /// The cores that this process may use.
-fn allowed_cores() -> anyhow::Result<Vec<u32>> {
+pub(crate) fn allowed_cores() -> anyhow::Result<Vec<u32>> {
     let set = rustix::thread::sched_getaffinity(None)
         .context("cannot ask which cores this process may use")?;
     let is_set = |core: &u32| set.is_set(*core as usize);
@@ -121,7 +112,7 @@ fn start_reactors(cores: &[u32], idle: reactor::IdlePolicy) -> anyhow::Result<Ve
         .collect()
 }
 
-/// More disks than 500 need more descriptors than the usual soft limit.
+/// Thousands of disks need more descriptors than the usual soft limit.
 fn raise_descriptor_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let now = getrlimit(Resource::Nofile);
@@ -172,8 +163,8 @@ enum Ready {
     Signals,
 }
 
-/// The loop's state.
-struct Control {
+/// A running daemon: the loop's state.
+pub struct Daemon {
     engine: DaemonEngine,
     dispatcher: Dispatcher,
     server: RpcServer,
@@ -181,9 +172,10 @@ struct Control {
     signals: Signals,
     run: Option<ConfigRun>,
     next_ages: Instant,
+    reactors: Vec<ReactorHandle>,
 }
 
-impl Control {
+impl Daemon {
     /// Waits for something to happen and handles it.
     fn round(&mut self, timeout_max: Duration) -> anyhow::Result<()> {
         let now = Instant::now();
@@ -295,15 +287,6 @@ impl Control {
         }
     }
 
-    fn serve(&mut self) -> anyhow::Result<()> {
-        loop {
-            self.round(Duration::from_secs(3600))?;
-            if self.signals.stop_asked() || self.engine.take_stop_signal().is_some() {
-                return Ok(());
-            }
-        }
-    }
-
     /// Lets every guest go; the disks whose requests did not come back in time.
     fn shut_down(&mut self) -> anyhow::Result<Vec<String>> {
         let start = Instant::now();
@@ -320,7 +303,88 @@ impl Control {
     }
 }
 
-/// Runs the daemon until it is told to stop.
+/// What a daemon starts with, after command line, configuration and defaults.
+#[derive(Debug)]
+pub struct Settings {
+    /// Cores of the reactors.
+    pub cores: Vec<u32>,
+    /// Where the controllers' sockets go.
+    pub sockets: SocketSettings,
+    /// The RPC's socket.
+    pub rpc_socket: PathBuf,
+    /// What a reactor without work does.
+    pub idle: reactor::IdlePolicy,
+}
+
+impl Daemon {
+    /// Starts reactors and sockets and executes the configuration's calls. Ready to serve when this returns.
+    ///
+    /// # Errors
+    /// Whatever is in the way, as one sentence.
+    pub fn start(
+        settings: Settings,
+        calls: Vec<config::ConfigCall>,
+        log: Log,
+    ) -> anyhow::Result<Daemon> {
+        let rpc_dir = settings.rpc_socket.parent().map(PathBuf::from).unwrap_or_default();
+        for path in [&settings.sockets.dir, &rpc_dir] {
+            if !path.as_os_str().is_empty() {
+                std::fs::create_dir_all(path).with_context(|| {
+                    format!(
+                        "cannot create the socket directory {}; choose another with --socket-dir",
+                        path.display()
+                    )
+                })?;
+            }
+        }
+        raise_descriptor_limit();
+        install_sigbus_handler().context("cannot install the SIGBUS handler")?;
+        let signals = Signals::register().context("cannot watch for signals")?;
+        let access = SocketAccess { mode: settings.sockets.mode, group: settings.sockets.group };
+        let server = RpcServer::bind(&settings.rpc_socket, access)?;
+        let reactors = start_reactors(&settings.cores, settings.idle)?;
+        let (sender, events) = event_queue().context("cannot create an eventfd")?;
+        let engine = DaemonEngine::new(reactors.clone(), settings.sockets, sender, log)?;
+        let mut daemon = Daemon {
+            engine,
+            dispatcher: Dispatcher::new(),
+            server,
+            events,
+            signals,
+            run: None,
+            next_ages: Instant::now() + AGES_EVERY,
+            reactors,
+        };
+        daemon.configure(calls)?;
+        tracing::info!(
+            cores = %cpumask::format(&settings.cores), rpc = %settings.rpc_socket.display(), "ringmilld {} is ready",
+            env!("CARGO_PKG_VERSION")
+        );
+        Ok(daemon)
+    }
+
+    /// Serves until told to stop, then lets every guest go: the names of the disks whose requests did not come back.
+    ///
+    /// # Errors
+    /// When the kernel refuses to poll.
+    pub fn serve(mut self) -> anyhow::Result<Vec<String>> {
+        loop {
+            self.round(Duration::from_secs(3600))?;
+            if self.signals.stop_asked() || self.engine.take_stop_signal().is_some() {
+                break;
+            }
+        }
+        // Only systemd listens, and only when it asked to be told.
+        let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
+        let stuck = self.shut_down()?;
+        if stuck.is_empty() {
+            self.reactors.iter().for_each(ReactorHandle::stop);
+        }
+        Ok(stuck)
+    }
+}
+
+/// Runs the daemon of a command line until it is told to stop.
 ///
 /// # Errors
 /// Whatever keeps it from starting, as one sentence.
@@ -330,55 +394,17 @@ pub fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         Some(path) => config::load(path)?,
         None => config::Config::default(),
     };
-    let settings = settings(args, &file.daemon)?;
-    for path in [
-        &settings.sockets.dir,
-        &settings.rpc_socket.parent().map(PathBuf::from).unwrap_or_default(),
-    ] {
-        if !path.as_os_str().is_empty() {
-            std::fs::create_dir_all(path).with_context(|| {
-                format!(
-                    "cannot create the socket directory {}; choose another with --socket-dir",
-                    path.display()
-                )
-            })?;
-        }
-    }
-    raise_descriptor_limit();
-    install_sigbus_handler().context("cannot install the SIGBUS handler")?;
-    let signals = Signals::register().context("cannot watch for signals")?;
-    let access = SocketAccess { mode: settings.sockets.mode, group: settings.sockets.group };
-    let server = RpcServer::bind(&settings.rpc_socket, access)?;
-    let reactors = start_reactors(&settings.cores, settings.idle)?;
-    let (sender, events) = event_queue().context("cannot create an eventfd")?;
-    let engine = DaemonEngine::new(reactors.clone(), settings.sockets, sender, log)?;
-    let mut control = Control {
-        engine,
-        dispatcher: Dispatcher::new(),
-        server,
-        events,
-        signals,
-        run: None,
-        next_ages: Instant::now() + AGES_EVERY,
-    };
-    control.configure(file.calls)?;
-    tracing::info!(
-        cores = %cpumask::format(&settings.cores), rpc = %settings.rpc_socket.display(), "ringmilld {} is ready",
-        env!("CARGO_PKG_VERSION")
-    );
+    let daemon = Daemon::start(settings(args, &file.daemon)?, file.calls, log)?;
     // Only systemd listens, and only when it asked to be told.
     let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
-    control.serve()?;
-    let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
-    let stuck = control.shut_down()?;
-    if !stuck.is_empty() {
-        tracing::error!(
-            "requests did not come back from the devices of {}; they still run in the kernel, which holds the images",
-            stuck.join(", ")
-        );
-        return Ok(ExitCode::from(EXIT_STUCK));
+    let stuck = daemon.serve()?;
+    if stuck.is_empty() {
+        tracing::info!("ringmilld has stopped");
+        return Ok(ExitCode::SUCCESS);
     }
-    reactors.iter().for_each(ReactorHandle::stop);
-    tracing::info!("ringmilld has stopped");
-    Ok(ExitCode::SUCCESS)
+    tracing::error!(
+        "requests did not come back from the devices of {}; they still run in the kernel, which holds the images",
+        stuck.join(", ")
+    );
+    Ok(ExitCode::from(EXIT_STUCK))
 }
