@@ -123,3 +123,40 @@ pub(crate) fn peek(path: &Path, offset_bytes: u64, len_bytes: usize) -> Vec<u8> 
     File::open(path).unwrap().read_exact_at(&mut bytes, offset_bytes).unwrap();
     bytes
 }
+
+/// A mounted filesystem; unmounted when dropped.
+pub(crate) struct Mount {
+    pub(crate) path: PathBuf,
+}
+
+impl Mount {
+    pub(crate) fn new(
+        dir: &TempDir,
+        kind: &str,
+        source: &str,
+        options: &str,
+    ) -> Result<Mount, String> {
+        let path = dir.path().join("mount");
+        fs::create_dir(&path).unwrap();
+        let output = Command::new("mount")
+            .args(["-t", kind, "-o", options, source])
+            .arg(&path)
+            .output()
+            .map_err(|e| format!("cannot run mount: {e}"))?;
+        if !output.status.success() {
+            return Err(String::from_utf8_lossy(&output.stderr).trim().to_owned());
+        }
+        Ok(Mount { path })
+    }
+
+    pub(crate) fn remount_read_only(&mut self) {
+        let status = Command::new("mount").args(["-o", "remount,ro"]).arg(&self.path).status();
+        assert!(status.unwrap().success());
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.path).status();
+    }
+}
