@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use ringmill_core::io::{IoFlags, IoOp, Tag};
 use ringmill_core::mem::{MemTable, Segment};
 use ringmill_core::reactor::IoCx;
-use ringmill_core::units::{GuestAddr, len_u32, usize_of};
+use ringmill_core::units::{GuestAddr, bytes_u64, len_u32, usize_of};
 
 use super::ability::Way;
 use super::channel::UringChannel;
@@ -81,7 +81,7 @@ impl UringChannel {
     ) -> bool {
         let Some(work) = self.flights.state(flight) else { return true };
         work.stage = Stage::ZeroWrite;
-        let Some(segment) = zeroes(len_bytes.min(ZEROES_BYTES as u64)) else {
+        let Some(segment) = zeroes(len_bytes.min(bytes_u64(ZEROES_BYTES))) else {
             self.answer(flight, -libc::ENOMEM);
             return true;
         };

@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ringmill_drivers::uring::{CacheMode, UringBdev, UringOptions};
 use tempfile::TempDir;
@@ -38,16 +39,10 @@ pub(crate) fn options(path: &Path, cache: CacheMode) -> UringOptions {
 
 pub(crate) fn open(options: &UringOptions) -> Arc<UringBdev> {
     // A test device may be looked at by udev for a moment.
-    for _ in 0..100 {
-        match UringBdev::open("disk", options) {
-            Ok(bdev) => return Arc::new(bdev),
-            Err(error) if error.may_pass() => {
-                std::thread::sleep(std::time::Duration::from_millis(50));
-            }
-            Err(error) => panic!("{error}"),
-        }
+    match UringBdev::open_patiently("disk", options, Duration::from_secs(5)) {
+        Ok(bdev) => Arc::new(bdev),
+        Err(error) => panic!("{error}"),
     }
-    panic!("the image stays locked");
 }
 
 /// A zram device of our own; reset and removed when dropped.
@@ -80,7 +75,7 @@ impl Drop for Zram {
             if removed.is_ok() {
                 return;
             }
-            std::thread::sleep(std::time::Duration::from_millis(50));
+            std::thread::sleep(Duration::from_millis(50));
         }
         eprintln!("zram{} could not be removed", self.number);
     }
