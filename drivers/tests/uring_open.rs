@@ -4,7 +4,7 @@
 mod common;
 
 use std::fs::{self, File};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -198,6 +198,49 @@ fn a_mounted_device_is_refused_and_a_used_one_is_busy() {
     assert!(matches!(error.problem, OpenProblem::Busy { .. }) && error.may_pass(), "{error}");
     drop(first);
     drop(open(&options(&device.path, CacheMode::None)));
+}
+
+#[test]
+fn a_disk_with_a_mounted_partition_is_refused() {
+    let name = "a_disk_with_a_mounted_partition_is_refused";
+    let dir = disk_dir();
+    let backing = image(&dir, 16 << 20);
+    // One Linux partition of 8 MiB from sector 2048 on, in an MBR.
+    let mut boot = [0; 512];
+    boot[446 + 4] = 0x83;
+    boot[446 + 8..][..4].copy_from_slice(&2048_u32.to_le_bytes());
+    boot[446 + 12..][..4].copy_from_slice(&16384_u32.to_le_bytes());
+    boot[510..].copy_from_slice(&[0x55, 0xaa]);
+    let file = fs::OpenOptions::new().write(true).open(&backing).unwrap();
+    file.write_all_at(&boot, 0).unwrap();
+    let device = match Loop::with_partitions(&backing) {
+        Ok(device) => device,
+        Err(reason) => return skipped(name, &reason),
+    };
+    let partition = PathBuf::from(format!("{}p1", device.path.display()));
+    for _ in 0..50 {
+        if partition.exists() {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    if !partition.exists() {
+        return skipped(name, "no device node for a loop device's partition");
+    }
+    let made = Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&partition).status();
+    if !made.is_ok_and(|status| status.success()) {
+        return skipped(name, "mkfs.ext4 is missing");
+    }
+    let place = disk_dir();
+    let mount = Mount::new(&place, "ext4", partition.to_str().unwrap(), "defaults").unwrap();
+    for path in [&device.path, &partition] {
+        let error = refusal(&options(path, CacheMode::None));
+        assert!(matches!(error.problem, OpenProblem::Mounted { .. }), "{error}");
+    }
+    drop(mount);
+    let bdev = open(&options(&partition, CacheMode::None));
+    assert_eq!(bdev.info().size_bytes(), 8 << 20);
+    assert!(bdev.info().geometry().discard, "a partition has its disk's abilities");
 }
 
 #[test]

@@ -88,9 +88,17 @@ pub(crate) struct Loop {
 
 impl Loop {
     pub(crate) fn new(backing: &Path, sector_bytes: u32) -> Result<Loop, String> {
-        let sector_bytes = sector_bytes.to_string();
+        Loop::set_up(backing, &["--sector-size", &sector_bytes.to_string()])
+    }
+
+    pub(crate) fn with_partitions(backing: &Path) -> Result<Loop, String> {
+        Loop::set_up(backing, &["--partscan"])
+    }
+
+    fn set_up(backing: &Path, options: &[&str]) -> Result<Loop, String> {
         let output = Command::new("losetup")
-            .args(["--find", "--show", "--sector-size", &sector_bytes])
+            .args(["--find", "--show"])
+            .args(options)
             .arg(backing)
             .output()
             .map_err(|e| format!("cannot run losetup: {e}"))?;
