@@ -20,6 +20,7 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use ringmill_core::bdev::{
     AlignChannel, Alignment, Bdev, BdevError, BdevInfo, BlockLocks, ChannelSeed,
@@ -36,6 +37,10 @@ pub use open::{CacheMode, UringOptions};
 
 /// Requests of one channel in the kernel at a time; more wait on their virtqueues.
 const REQUESTS_MAX: usize = 256;
+
+/// Pause between two tries for an image's lock, and how long nobody needs to hear of them.
+const RETRY_PERIOD: Duration = Duration::from_millis(10);
+const TELL_AFTER: Duration = Duration::from_millis(500);
 
 /// What all channels of one disk share.
 #[derive(Debug)]
@@ -89,6 +94,33 @@ impl UringBdev {
     /// One sentence that says what is wrong and what to do.
     pub fn open(name: &str, options: &UringOptions) -> Result<UringBdev, UringOpenError> {
         open::open(name, options)
+    }
+
+    /// As [`UringBdev::open`], but tries again for up to `patience` while somebody else has the image. The kernel holds a
+    /// dead or ended process's lock until its last request is back and its ring is torn down: some tens of milliseconds
+    /// after even an orderly end.
+    ///
+    /// # Errors
+    /// As for `open`.
+    pub fn open_patiently(
+        name: &str,
+        options: &UringOptions,
+        patience: Duration,
+    ) -> Result<UringBdev, UringOpenError> {
+        let start = Instant::now();
+        let mut told = false;
+        loop {
+            match open::open(name, options) {
+                Err(error) if error.may_pass() && start.elapsed() < patience => {
+                    if !told && start.elapsed() > TELL_AFTER {
+                        tracing::warn!("{error}; trying again for {} s", patience.as_secs());
+                        told = true;
+                    }
+                    std::thread::sleep(RETRY_PERIOD);
+                }
+                end => return end,
+            }
+        }
     }
 
     /// Age of the oldest request that the kernel has not answered, nanoseconds; 0 when nothing is in flight. Exact to

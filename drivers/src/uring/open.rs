@@ -202,7 +202,8 @@ fn choose_block(options: &UringOptions, rules: DirectRules) -> Result<u32, OpenP
             format!("block size {block_bytes} is not a power of two from 512 to {BLOCK_BYTES_MAX}");
         return Err(OpenProblem::Geometry { path, reason });
     }
-    if block_bytes < rules.offset_bytes {
+    // Through the page cache a smaller one only costs the reads around it.
+    if options.cache == CacheMode::None && block_bytes < rules.offset_bytes {
         return Err(OpenProblem::Block { path, block_bytes, device_bytes: rules.offset_bytes });
     }
     Ok(block_bytes)
