@@ -156,7 +156,7 @@ fn data_request(
 ) -> IoRequest {
     IoRequest {
         // A sector beyond 2^55 saturates to an offset that no disk has, and the range check refuses it.
-        offset_bytes: sector.checked_mul(u64::from(SECTOR_BYTES)).unwrap_or(u64::MAX),
+        offset_bytes: sector.saturating_mul(u64::from(SECTOR_BYTES)),
         len_bytes,
         tag: Tag::default(),
         segments_at: len_u32(segments_at),

@@ -140,7 +140,7 @@ impl SplitQueue {
         if desc.flags & DESC_F_NEXT != 0 {
             return Err(QueueError::Indirect("NEXT is set beside INDIRECT"));
         }
-        if desc.len_bytes == 0 || index(desc.len_bytes) % DESC_BYTES != 0 {
+        if desc.len_bytes == 0 || !index(desc.len_bytes).is_multiple_of(DESC_BYTES) {
             return Err(QueueError::Indirect(
                 "the table's length is not a positive multiple of 16",
             ));
