@@ -9,7 +9,7 @@ use ringmill_core::limits::SERIAL_BYTES;
 use ringmill_core::spec::virtio_blk as spec;
 use ringmill_core::units::{bytes_u64, index, len_u32, usize_of};
 
-use super::twin::{SECTOR, Stamp, Twin, pattern};
+use super::twin::{Claim, SECTOR, Stamp, Twin, pattern};
 use super::watch::{STATUS_UNSET, Watch};
 use super::{Buffer, Dice, DriverRing, GuestMemory};
 
@@ -67,6 +67,7 @@ struct Flight {
     sent: Vec<u8>,
     writable_bytes: u32,
     arena: usize,
+    stamp: Stamp,
     issued_at: u64,
 }
 
@@ -226,14 +227,19 @@ impl Guest {
         let job = choose_job(&mut world.dice);
         let range = match job {
             Job::Read | Job::Write | Job::Discard | Job::WriteZeroes => {
-                match choose_range(world, job != Job::Read) {
+                let claim = match job {
+                    Job::Read => Claim::Reads,
+                    Job::Write if world.dice.chance(300) => Claim::Races,
+                    _ => Claim::Alone,
+                };
+                match choose_range(world, claim) {
                     Some(range) => range,
                     None => return,
                 }
             }
             _ => 0..0,
         };
-        let stamp = world.next_stamp;
+        let stamp = if job == Job::Write { world.next_stamp } else { 0 };
         let (sent, data_in) = message(world, job, &range, stamp);
         let buffers = place(world, &self.arenas[at], &sent, data_in);
         let fits = buffers.len() <= self.ring.free_count();
@@ -249,8 +255,7 @@ impl Guest {
         let Some(head) = self.ring.add(memory, dice, &buffers, direct_count, table) else { return };
         match job {
             Job::Read => world.twin.begin_read(&range),
-            Job::Write => world.twin.begin_write(&range, stamp),
-            Job::Discard | Job::WriteZeroes => world.twin.begin_write(&range, 0),
+            Job::Write | Job::Discard | Job::WriteZeroes => world.twin.begin_write(&range, stamp),
             _ => {}
         }
         world.next_stamp += 1;
@@ -264,6 +269,7 @@ impl Guest {
             sent,
             buffers,
             arena: at,
+            stamp,
             issued_at: world.now,
         });
         self.arenas[at].busy = true;
@@ -306,8 +312,8 @@ fn choose_job(dice: &mut Dice) -> Job {
     }
 }
 
-/// A range that conflicts with nothing in flight, small and crowded more often than not.
-fn choose_range(world: &mut World, changes: bool) -> Option<Range<u64>> {
+/// A range that gets along with what is in flight, small and crowded more often than not.
+fn choose_range(world: &mut World, claim: Claim) -> Option<Range<u64>> {
     for _ in 0..4 {
         let dice = &mut world.dice;
         let most = match dice.below(100) {
@@ -324,7 +330,7 @@ fn choose_range(world: &mut World, changes: bool) -> Option<Range<u64>> {
         }
         let count = if dice.chance(300) { count.next_multiple_of(8) } else { count };
         let range = first..(first + count).min(world.sectors_count);
-        if world.twin.is_free(&range, changes) {
+        if world.twin.is_free(&range, claim) {
             return Some(range);
         }
     }
@@ -483,9 +489,9 @@ fn finish(world: &mut World, flight: &Flight, received: &[u8], status: u8) -> Re
     match flight.job {
         Job::Read => world.twin.end_read(range, ok.then_some(received), now)?,
         Job::Write | Job::WriteZeroes => {
-            world.twin.end_write(range, ok, world.write_through, now);
+            world.twin.end_write(range, flight.stamp, ok, world.write_through, now);
         }
-        Job::Discard => world.twin.end_write(range, false, false, now),
+        Job::Discard => world.twin.end_write(range, 0, false, false, now),
         Job::Flush if ok => world.twin.flushed(flight.issued_at),
         Job::Flush => {}
         Job::GetId => {

@@ -1,8 +1,8 @@
 //! What the disk may contain: the guest's own book-keeping, sector by sector.
 //!
 //! Flow: the guest notes each write when it issues and when it sees the answer, each flush likewise; reads and the
-//! state after a power cut are compared. Owner: the guest model. **Invariant:** the guest never has two requests in
-//! flight of which one changes a sector of the other, so every sector's versions have an order.
+//! state after a power cut are compared. Owner: the guest model. **Invariant:** reads never race with changes; writes
+//! that race with each other are a group, of which any member may win in each sector; groups have an order.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -28,6 +28,8 @@ enum State {
 #[derive(Clone, Copy, Debug)]
 struct Version {
     stamp: Stamp,
+    /// Versions that were in flight at the same time have the same number.
+    group: u64,
     state: State,
 }
 
@@ -39,7 +41,24 @@ pub(super) struct Twin {
     /// Sectors with more than one version.
     unsettled: BTreeSet<u64>,
     readers: Vec<u16>,
-    writers: Vec<bool>,
+    /// Writes in flight that may race; [`ALONE`] for another change.
+    writers: Vec<u8>,
+    next_group: u64,
+}
+
+const ALONE: u8 = u8::MAX;
+/// Writes of one sector that may be in flight at a time.
+const RACERS_MAX: u8 = 2;
+
+/// How a request gets along with others on the same sectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Claim {
+    /// With other reads.
+    Reads,
+    /// With nothing.
+    Alone,
+    /// With other writes.
+    Races,
 }
 
 /// The bytes of one sector under a stamp.
@@ -60,23 +79,38 @@ fn matches(version: &Version, sector: u64, data: &[u8]) -> bool {
     want == *data
 }
 
+/// The index of the first member of the group of the version at `at`.
+fn group_start(versions: &[Version], at: usize) -> usize {
+    versions.iter().position(|v| v.group == versions[at].group).unwrap_or(at)
+}
+
+/// The version at `at` or another of its group is stable: older groups cannot come back.
+fn forget_before(versions: &mut Vec<Version>, at: usize) {
+    versions.drain(..group_start(versions, at));
+}
+
 impl Twin {
     pub(super) fn new(sectors_count: u64) -> Twin {
-        let zeroes = Version { stamp: 0, state: State::Done { at: 0 } };
+        let zeroes = Version { stamp: 0, group: 0, state: State::Done { at: 0 } };
         let count = usize_of(sectors_count);
         Twin {
             sectors: vec![vec![zeroes]; count],
             unsettled: BTreeSet::new(),
             readers: vec![0; count],
-            writers: vec![false; count],
+            writers: vec![0; count],
+            next_group: 1,
         }
     }
 
-    /// True when a request on these sectors conflicts with none in flight.
-    pub(super) fn is_free(&self, range: &Range<u64>, changes: bool) -> bool {
+    /// True when a request on these sectors gets along with all in flight.
+    pub(super) fn is_free(&self, range: &Range<u64>, claim: Claim) -> bool {
         range.clone().all(|s| {
-            let at = usize_of(s);
-            !self.writers[at] && (!changes || self.readers[at] == 0)
+            let (readers, writers) = (self.readers[usize_of(s)], self.writers[usize_of(s)]);
+            match claim {
+                Claim::Reads => writers == 0,
+                Claim::Alone => writers == 0 && readers == 0,
+                Claim::Races => writers < RACERS_MAX && readers == 0,
+            }
         })
     }
 
@@ -104,22 +138,36 @@ impl Twin {
 
     pub(super) fn begin_write(&mut self, range: &Range<u64>, stamp: Stamp) {
         for sector in range.clone() {
-            self.writers[usize_of(sector)] = true;
-            self.sectors[usize_of(sector)].push(Version { stamp, state: State::Pending });
+            let (writers, versions) =
+                (&mut self.writers[usize_of(sector)], &mut self.sectors[usize_of(sector)]);
+            let racing = *writers > 0 && *writers != ALONE;
+            *writers = if stamp == 0 { ALONE } else { *writers + 1 };
+            let joined = versions.last().filter(|_| racing).map(|v| v.group);
+            let group = joined.unwrap_or(self.next_group);
+            versions.push(Version { stamp, group, state: State::Pending });
             self.unsettled.insert(sector);
         }
+        self.next_group += 1;
     }
 
     /// Ends a write. `sure`: the whole range has the new content; otherwise each sector has it or has not.
-    pub(super) fn end_write(&mut self, range: &Range<u64>, sure: bool, stable: bool, now: u64) {
+    pub(super) fn end_write(
+        &mut self,
+        range: &Range<u64>,
+        stamp: Stamp,
+        sure: bool,
+        stable: bool,
+        now: u64,
+    ) {
         for sector in range.clone() {
-            self.writers[usize_of(sector)] = false;
+            let writers = &mut self.writers[usize_of(sector)];
+            *writers = if *writers == ALONE { 0 } else { *writers - 1 };
             let versions = &mut self.sectors[usize_of(sector)];
-            let last = versions.len() - 1;
-            versions[last].state = if sure { State::Done { at: now } } else { State::Maybe };
+            let pending = |v: &Version| v.stamp == stamp && v.state == State::Pending;
+            let Some(at) = versions.iter().rposition(pending) else { continue };
+            versions[at].state = if sure { State::Done { at: now } } else { State::Maybe };
             if sure && stable {
-                versions.drain(..last);
-                self.unsettled.remove(&sector);
+                forget_before(versions, at);
             }
         }
     }
@@ -129,11 +177,9 @@ impl Twin {
         let sectors = &mut self.sectors;
         self.unsettled.retain(|&sector| {
             let versions = &mut sectors[usize_of(sector)];
-            let stable = versions
-                .iter()
-                .rposition(|v| matches!(v.state, State::Done { at } if at < issued_at));
-            if let Some(at) = stable {
-                versions.drain(..at);
+            let is_stable = |v: &Version| matches!(v.state, State::Done { at } if at < issued_at);
+            if let Some(at) = versions.iter().rposition(is_stable) {
+                forget_before(versions, at);
             }
             versions.len() > 1
         });
@@ -144,7 +190,7 @@ impl Twin {
         for (sector, bytes) in (first..).zip(data.chunks_exact(SECTOR)) {
             let versions = &mut self.sectors[usize_of(sector)];
             let done = versions.iter().rposition(|v| matches!(v.state, State::Done { .. }));
-            let from = done.unwrap_or(0);
+            let from = done.map_or(0, |at| group_start(versions, at));
             let found =
                 (from..versions.len()).rev().find(|&i| matches(&versions[i], sector, bytes));
             let Some(found) = found else {
@@ -154,14 +200,17 @@ impl Twin {
                     &versions[from..]
                 ));
             };
-            if versions[found].state != State::Pending {
-                let pending = versions.iter().position(|v| v.state == State::Pending);
-                let end = pending.unwrap_or(versions.len());
-                versions.drain(found + 1..end);
+            if found + 1 == versions.len() && found == from && done == Some(found) {
+                continue;
             }
-            if versions[found].state == State::Maybe {
-                versions[found].state = State::Done { at: now };
-            }
+            // Later groups have left no trace. Losers of the race may still come back in a power cut.
+            let mut winner = versions[found];
+            versions.retain(|v| v.group <= winner.group);
+            versions.remove(found);
+            winner.group = self.next_group;
+            winner.state = State::Done { at: now };
+            versions.push(winner);
+            self.next_group += 1;
         }
         Ok(())
     }
