@@ -39,6 +39,8 @@ const ARRIVALS_MAX: usize = 8;
 pub trait Tracking: Send + 'static {
     /// A head was taken from the ring.
     fn taken(&mut self, head: u16);
+    /// A head that was taken last goes back to the ring: it was not handed to the device.
+    fn put_back(&mut self, _head: u16) {}
     /// A head is about to be visible in the used ring.
     fn answered(&mut self, head: u16);
 }
@@ -341,15 +343,17 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
         }
     }
 
-    /// Entries that went back to the ring keep the time at which they were seen.
+    /// Puts the entry that was taken last back to the ring; it keeps the time at which it was seen.
     #[cold]
     #[inline(never)]
-    fn put_back(&mut self, count: u16, seen_ns: u64) {
-        self.parts.queue.unpop(count);
+    fn put_back(&mut self, head: u16, seen_ns: u64) {
+        self.unmark(head);
+        self.parts.tracking.put_back(head);
+        self.parts.queue.unpop(1);
         let full = self.arrivals.is_full();
         match self.arrivals.first_mut() {
-            Some(first) if full || first.seen_ns == seen_ns => first.count += count,
-            _ => self.arrivals.insert(0, Arrival { count, seen_ns }),
+            Some(first) if full || first.seen_ns == seen_ns => first.count += 1,
+            _ => self.arrivals.insert(0, Arrival { count: 1, seen_ns }),
         }
     }
 
@@ -384,8 +388,7 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
                         submitted_ns: cx.pass_ns,
                     };
                     let Ok(tag) = self.slots.insert(slot) else {
-                        self.unmark(chain.head);
-                        self.put_back(1, seen_ns);
+                        self.put_back(chain.head, seen_ns);
                         break;
                     };
                     request.tag = tag;
@@ -396,17 +399,16 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
                     }
                 }
                 answer => {
+                    self.copy_serial(cx, &answer);
                     // Entries are answered in any order but put back only from the end: hand over what came before.
-                    if !self.submit(cx) {
-                        self.unmark(chain.head);
-                        self.put_back(1, seen_ns);
+                    if !self.submit(cx, Some((chain.head, seen_ns))) {
                         return Ok(true);
                     }
                     self.answer(cx, &chain, seen_ns, &answer);
                 }
             }
         }
-        self.submit(cx);
+        self.submit(cx, None);
         Ok(true)
     }
 
@@ -426,9 +428,10 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
         self.heads[usize::from(head) / 64] &= !(1u64 << (head % 64));
     }
 
-    /// Hands the batch to the channel; true when all of it was taken. The rest goes back to the ring.
+    /// Hands the batch to the channel; true when all of it was taken. The rest goes back to the ring, and with it
+    /// `last`: the head and time of an entry that was popped after those of the batch.
     #[inline]
-    fn submit(&mut self, cx: &mut ReactorCx) -> bool {
+    fn submit(&mut self, cx: &mut ReactorCx, last: Option<(u16, u64)>) -> bool {
         if cx.batch.is_empty() {
             return true;
         }
@@ -442,14 +445,28 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
                 slot.submitted_ns = now_ns;
             }
         }
+        if !all && let Some((head, seen_ns)) = last {
+            self.put_back(head, seen_ns);
+        }
         for request in view.requests()[taken..].iter().rev() {
             if let Some(slot) = self.slots.remove(request.tag) {
-                self.unmark(slot.head);
-                self.put_back(1, slot.seen_ns);
+                self.put_back(slot.head, slot.seen_ns);
             }
         }
         cx.batch.clear();
         all
+    }
+
+    /// Gives a GET_ID its data: before `submit`, which empties the batch and with it the list of segments. A request
+    /// that goes back to the ring gets it again.
+    #[cold]
+    #[inline(never)]
+    fn copy_serial(&self, cx: &mut ReactorCx, answer: &Parsed) {
+        let Parsed::GetId { segments_at, segments_count } = *answer else { return };
+        let mut rest: &[u8] = self.parts.device.serial();
+        for segment in cx.batch.segments_from(segments_at).iter().take(segments_count) {
+            rest = &rest[segment.write_from(rest)..];
+        }
     }
 
     /// Answers a request that needs no device.
@@ -457,13 +474,7 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
     #[inline(never)]
     fn answer(&mut self, cx: &mut ReactorCx, chain: &Chain, seen_ns: u64, answer: &Parsed) {
         let (op, status, bytes) = match answer {
-            Parsed::GetId { segments_at, segments_count } => {
-                let mut rest: &[u8] = self.parts.device.serial();
-                for segment in cx.batch.segments_from(*segments_at).iter().take(*segments_count) {
-                    rest = &rest[segment.write_from(rest)..];
-                }
-                (None, IoStatus::Ok, 0)
-            }
+            Parsed::GetId { .. } => (None, IoStatus::Ok, 0),
             Parsed::Answer(Refusal { op, status }) => (Some(*op), *status, 0),
             Parsed::Io(_) => return,
         };
