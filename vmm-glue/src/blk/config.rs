@@ -84,10 +84,10 @@ mod tests {
 
     use super::*;
 
-    struct Disk(BdevInfo);
+    struct Disk(Arc<BdevInfo>);
 
     impl Bdev for Disk {
-        fn info(&self) -> &BdevInfo {
+        fn info(&self) -> &Arc<BdevInfo> {
             &self.0
         }
 
@@ -109,7 +109,8 @@ mod tests {
             write_zeroes: discard,
         };
         let info = BdevInfo::new("t", None, "test", geometry).unwrap();
-        BlkDevice::new(Arc::new(Disk(info)), "a serial of more than twenty bytes", read_only)
+        let bdev: Arc<dyn Bdev> = Arc::new(Disk(Arc::new(info)));
+        BlkDevice::new(&bdev, "a serial of more than twenty bytes", read_only)
     }
 
     fn number(config: &[u8], at: usize, len: usize) -> u64 {
@@ -140,7 +141,7 @@ mod tests {
         assert_eq!(field(offset_of!(Layout, write_zeroes_may_unmap), 1), 1);
         device.set_write_back(false);
         assert_eq!(encode_config(&device, 5)[offset_of!(Layout, wce)], 0);
-        device.bdev().info().set_blocks(2000);
+        device.info().set_blocks(2000);
         assert_eq!(number(&encode_config(&device, 5), 0, 8), 16_000);
     }
 

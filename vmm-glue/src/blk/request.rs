@@ -268,10 +268,10 @@ mod tests {
     const SIZE_BYTES: u64 = 1 << 20;
     const AT: u64 = 0x1000;
 
-    struct Disk(BdevInfo);
+    struct Disk(Arc<BdevInfo>);
 
     impl Bdev for Disk {
-        fn info(&self) -> &BdevInfo {
+        fn info(&self) -> &Arc<BdevInfo> {
             &self.0
         }
 
@@ -293,7 +293,8 @@ mod tests {
             write_zeroes: discard,
         };
         let info = BdevInfo::new("t", None, "test", geometry).unwrap();
-        BlkDevice::new(Arc::new(Disk(info)), "t", read_only)
+        let bdev: Arc<dyn Bdev> = Arc::new(Disk(Arc::new(info)));
+        BlkDevice::new(&bdev, "t", read_only)
     }
 
     /// A chain of these buffers, as a ring would deliver it.

@@ -332,7 +332,7 @@ impl Channel for ModelChannel {
 /// The disk as a bdev; its channels are handed out by the simulator itself.
 #[derive(Debug)]
 pub(super) struct ModelBdev {
-    info: BdevInfo,
+    info: Arc<BdevInfo>,
 }
 
 impl ModelBdev {
@@ -348,12 +348,12 @@ impl ModelBdev {
             discard_granularity_bytes: 0,
             write_zeroes: true,
         };
-        Ok(ModelBdev { info: BdevInfo::new("model", None, "model disk", geometry)? })
+        Ok(ModelBdev { info: Arc::new(BdevInfo::new("model", None, "model disk", geometry)?) })
     }
 }
 
 impl Bdev for ModelBdev {
-    fn info(&self) -> &BdevInfo {
+    fn info(&self) -> &Arc<BdevInfo> {
         &self.info
     }
 

@@ -9,7 +9,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use ringmill_core::bdev::{AlignChannel, Alignment, BlockLocks, Channel, GoneChannel};
+use ringmill_core::bdev::{AlignChannel, Alignment, Bdev, BlockLocks, Channel, GoneChannel};
 use ringmill_core::io::IoOp;
 use ringmill_core::limits::{BLOCK_LOCK_BUCKETS, BLOCK_LOCK_SPAN_BYTES};
 use ringmill_core::mem::Bounce;
@@ -199,8 +199,8 @@ impl Sim {
         let ring_bytes = DriverRing::bytes(size).next_multiple_of(4096);
         let (memory, arenas_at) = choose_memory(&mut dice, queues_count, ring_bytes);
         let disk = ModelDisk::new(rules, seed);
-        let bdev = ModelBdev::new(&rules).map_err(|e| e.to_string())?;
-        let device = Arc::new(BlkDevice::new(Arc::new(bdev), SERIAL, false));
+        let bdev: Arc<dyn Bdev> = Arc::new(ModelBdev::new(&rules).map_err(|e| e.to_string())?);
+        let device = Arc::new(BlkDevice::new(&bdev, SERIAL, false));
         let write_through = dice.chance(200);
         device.set_write_back(!write_through);
         let needs_align =
@@ -363,7 +363,7 @@ impl Sim {
     }
 
     fn check_complaints(&self) -> Result<(), String> {
-        if let Some(event) = *self.broken.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(event) = &*self.broken.lock().unwrap_or_else(PoisonError::into_inner) {
             return Err(format!("a queue stopped: {event:?}"));
         }
         let watched = self.queues.iter().find_map(|q| q.guest.watch.complaint());
@@ -529,8 +529,10 @@ impl Sim {
         let bytes = 2 * ARENA_BYTES * self.queues.len();
         self.world.memory.add(HOT_AT, bytes);
         for (at, queue) in self.queues.iter_mut().enumerate() {
-            if let Some(worker) = &mut queue.worker {
-                worker.set_memory(self.world.memory.table());
+            if let (Some(worker), Some(windows)) =
+                (&mut queue.worker, queue.guest.ring.device_rings(&self.world.memory))
+            {
+                worker.set_memory(self.world.memory.table(), windows);
             }
             for i in 0..2 {
                 let table = queue.guest.arenas[i].table + bytes_u64(TABLE_BYTES / 2);
@@ -588,7 +590,9 @@ impl Sim {
             match then {
                 Then::Enable => worker.set_enabled(true, Box::new(|| {})),
                 Then::Memory => {
-                    worker.set_memory(self.world.memory.table());
+                    let windows = queue.guest.ring.device_rings(&self.world.memory);
+                    let windows = windows.ok_or("the rings' memory is gone")?;
+                    worker.set_memory(self.world.memory.table(), windows);
                     worker.resume(&mut reactor.cx, None);
                 }
                 Then::Stop => {

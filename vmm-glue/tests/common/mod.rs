@@ -26,10 +26,10 @@ pub const MEMORY_BYTES: usize = 2 << 20;
 pub const SERIAL: &str = "bench";
 
 /// A geometry and nothing behind it.
-pub struct BenchBdev(BdevInfo);
+pub struct BenchBdev(Arc<BdevInfo>);
 
 impl Bdev for BenchBdev {
-    fn info(&self) -> &BdevInfo {
+    fn info(&self) -> &Arc<BdevInfo> {
         &self.0
     }
 
@@ -139,7 +139,8 @@ pub fn device(read_only: bool) -> Arc<BlkDevice> {
         write_zeroes: true,
     };
     let info = BdevInfo::new("bench", None, "bench", geometry).expect("a good geometry");
-    Arc::new(BlkDevice::new(Arc::new(BenchBdev(info)), SERIAL, read_only))
+    let bdev: Arc<dyn Bdev> = Arc::new(BenchBdev(Arc::new(info)));
+    Arc::new(BlkDevice::new(&bdev, SERIAL, read_only))
 }
 
 pub fn null_fd() -> Arc<OwnedFd> {
@@ -188,8 +189,9 @@ impl Bench {
             call: None,
             enabled: true,
             events: Box::new(move |event| {
-                let WorkerEvent::Broken(error) = event;
-                told.lock().expect("not poisoned").push(error);
+                if let WorkerEvent::Broken(error) = event {
+                    told.lock().expect("not poisoned").push(error);
+                }
             }),
         });
         let mut cx = ReactorCx::simulated(1).expect("memory");
