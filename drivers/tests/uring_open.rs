@@ -4,14 +4,17 @@
 mod common;
 
 use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use common::{Loop, Mount, Zram, disk_dir, image, open, options, shm_dir, skipped};
 use ringmill_core::bdev::Bdev;
 use ringmill_core::bdev::conformance::TestBed;
+use ringmill_core::io::{IoFlags, IoOp};
 use ringmill_drivers::uring::{CacheMode, OpenProblem, UringBdev, UringOpenError, UringOptions};
 
 fn refusal(options: &UringOptions) -> UringOpenError {
@@ -106,6 +109,45 @@ fn a_second_opener_is_named_the_lock_and_gets_it_when_the_first_is_gone() {
     drop(open(&options(&path, CacheMode::None)));
 }
 
+/// Not a test: the process that the next one kills.
+#[test]
+#[ignore = "run by a_killed_owner_gives_the_image_up"]
+fn owner_that_waits_to_be_killed() {
+    let Some(path) = std::env::var_os("RINGMILL_TEST_IMAGE") else { return };
+    let bdev = open(&options(Path::new(&path), CacheMode::None));
+    let mut bed = TestBed::new(&*bdev);
+    println!("ready");
+    loop {
+        for arena in 0..32 {
+            let segment = bed.segment(arena, 0, 65536);
+            let _ = bed.offer(IoOp::Write, IoFlags::FUA, 0, 65536, &[segment]);
+        }
+        bed.turn(|_, _| {});
+    }
+}
+
+#[test]
+fn a_killed_owner_gives_the_image_up() {
+    let dir = disk_dir();
+    let path = image(&dir, 1 << 20);
+    let mut owner = Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "--nocapture", "owner_that_waits_to_be_killed"])
+        .env("RINGMILL_TEST_IMAGE", &path)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(owner.stdout.take().unwrap()).lines();
+    assert!(lines.map_while(Result::ok).any(|line| line.ends_with("ready")));
+    assert!(refusal(&options(&path, CacheMode::None)).may_pass());
+    owner.kill().unwrap();
+    owner.wait().unwrap();
+    let start = Instant::now();
+    let patience = Duration::from_secs(10);
+    let got = UringBdev::open_patiently("vm1", &options(&path, CacheMode::None), patience);
+    eprintln!("the image was free {:?} after its owner's end", start.elapsed());
+    drop(got.expect("the kernel gives the lock up with the last request"));
+}
+
 #[test]
 fn permissions_are_explained() {
     let dir = shm_dir();
@@ -137,7 +179,9 @@ fn filesystems_without_direct_io_point_to_the_page_cache() {
     let dir = disk_dir();
     let mount = match Mount::new(&dir, "ramfs", "none", "mode=755") {
         Ok(mount) => mount,
-        Err(reason) => return skipped("filesystems_without_direct_io_…", &reason),
+        Err(reason) => {
+            return skipped("filesystems_without_direct_io_point_to_the_page_cache", &reason);
+        }
     };
     let path = mount.path.join("disk.img");
     File::create(&path).unwrap().set_len(1 << 20).unwrap();
@@ -184,7 +228,10 @@ fn a_mounted_device_is_refused_and_a_used_one_is_busy() {
     }
     let place = disk_dir();
     let source = device.path.to_str().unwrap();
-    let mount = Mount::new(&place, "ext4", source, "defaults").unwrap();
+    let mount = match Mount::new(&place, "ext4", source, "defaults") {
+        Ok(mount) => mount,
+        Err(reason) => return skipped(name, &reason),
+    };
     let mount_text = mount.path.display().to_string();
     let error = refusal(&options(&device.path, CacheMode::None));
     assert!(matches!(error.problem, OpenProblem::Mounted { .. }));
@@ -222,7 +269,7 @@ fn a_disk_with_a_mounted_partition_is_refused() {
         if partition.exists() {
             break;
         }
-        std::thread::sleep(std::time::Duration::from_millis(20));
+        std::thread::sleep(Duration::from_millis(20));
     }
     if !partition.exists() {
         return skipped(name, "no device node for a loop device's partition");

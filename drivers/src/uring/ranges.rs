@@ -166,7 +166,9 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(16 << 20).unwrap();
         let Some(device) = loop_device(file.path()) else {
-            eprintln!("SKIPPED discards_go_to_the_helper_…: no loop device (needs root)");
+            eprintln!(
+                "SKIPPED discards_go_to_the_helper_where_the_ring_cannot_do_them: no loop device"
+            );
             return;
         };
         let options = UringOptions { filename: device.0.clone(), ..UringOptions::default() };
