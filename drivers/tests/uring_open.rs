@@ -269,7 +269,7 @@ fn a_disk_with_a_mounted_partition_is_refused() {
         if partition.exists() {
             break;
         }
-        std::thread::sleep(std::time::Duration::from_millis(20));
+        std::thread::sleep(Duration::from_millis(20));
     }
     if !partition.exists() {
         return skipped(name, "no device node for a loop device's partition");
