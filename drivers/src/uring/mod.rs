@@ -6,9 +6,9 @@
 
 mod ability;
 mod channel;
+mod discard_thread;
 mod error;
 mod format;
-mod helper;
 mod lock;
 mod mounts;
 mod open;
@@ -149,7 +149,7 @@ impl Bdev for UringBdev {
         }
         let (info, shared) = (Arc::clone(&self.info), Arc::clone(&self.shared));
         let (rules, locks) = (self.rules, self.locks.clone());
-        let (slots, answers) = (Slots::new(REQUESTS_MAX), helper::answers());
+        let (slots, answers) = (Slots::new(REQUESTS_MAX), discard_thread::answers());
         Ok(Box::new(move |io| {
             let Some(ring) = &mut io.ring else {
                 let reason = "a uring disk needs a reactor with an io_uring".to_owned();

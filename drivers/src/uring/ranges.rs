@@ -1,6 +1,6 @@
 //! Discards and write-zeroes: the ladder of ways, from the cheapest that this disk knows to writing zeroes.
 //!
-//! Flow: request → first way not struck off → kernel or helper → refused? struck off, next way. Owner: one reactor.
+//! Flow: request → first way not struck off → kernel or discard_thread → refused? struck off, next way. Owner: one reactor.
 //! **Invariant:** write-zeroes always succeeds in some way; a discard that nobody can do is `Unsupported`.
 
 use std::sync::{Arc, OnceLock};
@@ -12,7 +12,7 @@ use ringmill_core::units::{GuestAddr, bytes_u64, len_u32, usize_of};
 
 use super::ability::Way;
 use super::channel::UringChannel;
-use super::helper::{self, Job};
+use super::discard_thread::{self, Job};
 use super::work::Stage;
 use crate::flight::{Direction, Plain};
 
@@ -101,7 +101,7 @@ impl UringChannel {
         }
         let (shared, answers) = (Arc::clone(&self.shared), Arc::clone(&self.answers));
         let job = Job { shared, offset_bytes, len_bytes, flight, answers };
-        let sent = helper::send(job).is_ok();
+        let sent = discard_thread::send(job).is_ok();
         if sent {
             self.flights.depart(flight);
             self.off_ring_count += 1;
