@@ -333,6 +333,40 @@ fn the_longest_chain_that_is_allowed_works() {
     });
 }
 
+/// A read of `count - 2` single bytes, in a table at `table`, and its status byte.
+fn long_read(bench: &mut Bench, table: u64, head: u16, count: u16) -> u64 {
+    let (header, status) = (bench.header(spec::T_IN, 0), bench.status_byte().addr);
+    let mut entries = vec![(header.addr, 16, N, 1)];
+    entries.extend((1..count - 1).map(|i| (RING_AT + 0x6_0000 + u64::from(i), 1, N | W, i + 1)));
+    entries.push((status, 1, W, 0));
+    write_descs(bench, table, &entries);
+    let at = bench.ring.addrs().0 + 16 * u64::from(head);
+    DriverRing::write_desc(&bench.memory, at, table, 16 * u32::from(count), I, 0);
+    bench.ring.offer(&bench.memory, head);
+    status
+}
+
+#[test]
+fn long_chains_that_do_not_fit_one_batch_wait_for_the_next() {
+    let mut bench = Bench::new(Setup::default());
+    // 20,482 descriptors each: 40 sectors. One batch holds the segments of one such chain and not of two.
+    let count = 512 * 40 + 2;
+    let statuses: Vec<u64> = (0..4u16)
+        .map(|i| long_read(&mut bench, RING_AT + 0x8_0000 + 0x5_1000 * u64::from(i), i, count))
+        .collect();
+    bench.ring.publish(&bench.memory);
+    for _ in 0..8 {
+        bench.pass();
+    }
+    assert_eq!(bench.events.lock().unwrap().clone(), []);
+    for status in statuses {
+        let mut byte = [0xff];
+        bench.memory.read(status, &mut byte);
+        assert_eq!(byte, [spec::S_OK]);
+    }
+    assert_eq!(bench.ring.used_waiting(&bench.memory), 4);
+}
+
 #[test]
 fn requests_that_make_no_sense() {
     let attacks: [(&str, Attack); 12] = [

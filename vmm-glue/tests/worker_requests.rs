@@ -148,3 +148,24 @@ fn a_quiesced_queue_takes_nothing_until_it_is_resumed() {
     assert!(bench.worker.resume(&mut bench.cx, None).is_none());
     assert_eq!(bench.answer(head, &[header, data, status]), Some((spec::S_OK, 513)));
 }
+
+#[test]
+fn a_queue_whose_kick_cannot_be_watched_is_polled_for_ever() {
+    use ringmill_core::limits::RING_CLIENTS_MAX;
+    use ringmill_core::reactor::{Poller, ReactorCx, Ring};
+
+    for clients_count in [0, RING_CLIENTS_MAX] {
+        let mut bench = Bench::new(Setup::default());
+        let mut ring = Ring::new(&[]).expect("io_uring");
+        ring.enable().expect("the ring is ours");
+        for _ in 0..clients_count {
+            ring.add_client(0).expect("a client");
+        }
+        let mut cx = ReactorCx::new(Some(ring)).expect("memory");
+        bench.worker.detach(&mut bench.cx);
+        bench.worker.attach(&mut cx);
+        let full = clients_count == RING_CLIENTS_MAX;
+        assert_eq!(bench.worker.prepare_sleep(&mut cx), full, "{clients_count} clients");
+        bench.worker.detach(&mut cx);
+    }
+}

@@ -122,6 +122,8 @@ pub struct QueueWorker<V, T> {
     client: Option<ClientId>,
     call_pending: bool,
     call_owed: bool,
+    /// The kick fd should be watched and is not: the ring had no room.
+    kick_unwatched: bool,
     interrupt_wanted: bool,
     coalescer: Coalescer,
     seed: Option<ChannelSeed>,
@@ -149,6 +151,7 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
             client: None,
             call_pending: false,
             call_owed: false,
+            kick_unwatched: false,
             interrupt_wanted: false,
             coalescer: Coalescer::default(),
             seed: None,
@@ -234,11 +237,12 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
 
     #[cold]
     fn watch_kick(&mut self, cx: &mut ReactorCx, on: bool) {
+        self.kick_unwatched = on && cx.io.ring.is_some() && self.parts.kick.is_some();
         if let (Some(ring), Some(client), Some(kick)) =
             (&mut cx.io.ring, self.client, &self.parts.kick)
         {
             if on {
-                ring.watch(client, KICK_TOKEN, kick.as_raw_fd());
+                self.kick_unwatched = !ring.watch(client, KICK_TOKEN, kick.as_raw_fd());
             } else {
                 ring.unwatch(client, KICK_TOKEN);
             }
@@ -259,7 +263,11 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
         {
             self.call_pending = ring.signal(client, CALL_TOKEN, call.as_raw_fd());
             self.call_owed = !self.call_pending;
-            self.parts.status.note_interrupt();
+            if self.call_pending {
+                self.parts.status.note_interrupt();
+            }
+        } else {
+            self.call_owed = false;
         }
     }
 
@@ -587,7 +595,8 @@ impl<V: Virtqueue, T: Tracking> Poller for QueueWorker<V, T> {
         {
             self.read_events(cx);
         }
-        if self.coalescer.take_due(cx.pass_ns) {
+        // Due: delayed on purpose. Owed: the ring had no room for the signal.
+        if self.coalescer.take_due(cx.pass_ns) || (self.call_owed && !self.call_pending) {
             self.signal_guest(cx);
         }
         let mut work = false;
@@ -608,20 +617,23 @@ impl<V: Virtqueue, T: Tracking> Poller for QueueWorker<V, T> {
         work
     }
 
-    fn prepare_sleep(&mut self, _cx: &mut ReactorCx) -> bool {
+    fn prepare_sleep(&mut self, cx: &mut ReactorCx) -> bool {
         if self.parts.queue.memory_gone() && self.state != QueueState::Broken {
             self.break_queue(QueueError::MemoryGone);
         }
         if self.slots.live_count() > 0 && self.parts.channel.must_poll() {
             return true;
         }
-        if self.coalescer.is_due() {
+        if self.coalescer.is_due() || (self.call_owed && !self.call_pending) {
             return true;
+        }
+        if self.kick_unwatched {
+            self.watch_kick(cx, true);
         }
         if self.state != QueueState::Running || !self.parts.enabled {
             return false;
         }
-        self.parts.kick.is_none() || self.parts.queue.request_kick()
+        self.parts.kick.is_none() || self.kick_unwatched || self.parts.queue.request_kick()
     }
 
     fn attach(&mut self, cx: &mut ReactorCx) {

@@ -562,8 +562,10 @@ impl Sim {
     }
 
     fn drained(&mut self, queues: &[usize], then: Then) -> Result<(), String> {
+        let mut leaving = None;
         if then == Then::Memory {
             self.hot = false;
+            leaving = self.world.memory.table().regions().last().map(|r| Arc::clone(r.mapping()));
             self.world.memory.remove(HOT_AT, 2 * ARENA_BYTES * self.queues.len());
             for queue in &mut self.queues {
                 queue.guest.arenas.retain(|a| a.base < HOT_AT);
@@ -607,6 +609,9 @@ impl Sim {
                 }
             }
         }
+        if leaving.is_some_and(|mapping| Arc::strong_count(&mapping) > 1) {
+            return Err("somebody still holds the memory that was removed".to_owned());
+        }
         Ok(())
     }
 
@@ -641,7 +646,13 @@ impl Sim {
         }
         for bucket in 0..BLOCK_LOCK_BUCKETS {
             let at = bytes_u64(bucket) * BLOCK_LOCK_SPAN_BYTES;
-            if self.locks.as_ref().is_some_and(|locks| !locks.try_alone(at)) {
+            let Some(locks) = &self.locks else { break };
+            // Shared first: it also fails where a wish to be alone was left behind.
+            if !locks.try_shared(at, 1) {
+                return Err(format!("the block lock of byte {at} is still held or wanted alone"));
+            }
+            locks.release_shared(at, 1);
+            if !locks.try_alone(at) {
                 return Err(format!("the block lock of byte {at} is still held"));
             }
         }

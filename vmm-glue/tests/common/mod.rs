@@ -112,6 +112,7 @@ pub struct Setup {
     pub takes_max: usize,
     pub record: bool,
     pub status: IoStatus,
+    pub event_idx: bool,
 }
 
 impl Default for Setup {
@@ -122,6 +123,7 @@ impl Default for Setup {
             takes_max: usize::MAX,
             record: true,
             status: IoStatus::Ok,
+            event_idx: false,
         }
     }
 }
@@ -172,14 +174,14 @@ impl Bench {
         memory: GuestMemory,
         wrap: impl FnOnce(BenchChannel) -> Box<dyn Channel>,
     ) -> Bench {
-        let ring = DriverRing::new(&memory, RING_AT, setup.size, false, 0);
+        let ring = DriverRing::new(&memory, RING_AT, setup.size, setup.event_idx, 0);
         let rings = ring.device_rings(&memory).expect("the windows fit");
         let device = device(setup.read_only);
         let status = Arc::new(QueueStatus::new(QueueStats::new_shared()));
         let (events, seen) = (Arc::default(), Arc::default());
         let told: Arc<Mutex<Vec<QueueError>>> = Arc::clone(&events);
         let mut worker = QueueWorker::new(WorkerParts {
-            queue: SplitQueue::new(rings, setup.size, 0, false, true),
+            queue: SplitQueue::new(rings, setup.size, 0, setup.event_idx, true),
             tracking: NoTracking,
             mem: memory.table(),
             device: Arc::clone(&device),
