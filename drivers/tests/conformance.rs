@@ -1,10 +1,10 @@
 //! Every driver passes core's suite, on every kind of backing store that this machine has.
 
-mod common;
+mod media;
 
 use std::sync::Arc;
 
-use common::{Loop, Zram, disk_dir, image, open, options, shm_dir, skipped};
+use media::{Loop, Zram, disk_dir, image, open, options, shm_dir, skipped};
 use ringmill_core::bdev::Bdev;
 use ringmill_core::bdev::conformance::Suite;
 use ringmill_drivers::malloc::{MallocBdev, MallocOptions};

@@ -1,13 +1,13 @@
 //! A running channel allocates nothing: counted on the thread that plays reactor.
 #![expect(unsafe_code)] // UNSAFETY: a global allocator that counts.
 
-mod common;
+mod media;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::sync::Arc;
 
-use common::{disk_dir, image, open, options};
+use media::{disk_dir, image, open, options};
 use ringmill_core::bdev::Bdev;
 use ringmill_core::bdev::conformance::TestBed;
 use ringmill_core::io::{IoFlags, IoOp};

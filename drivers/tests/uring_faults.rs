@@ -1,12 +1,12 @@
 //! What goes wrong below a running disk reaches the guest as the right error, and nothing hangs.
 
-mod common;
+mod media;
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use common::{Loop, Mount, disk_dir, image, open, options, peek, shm_dir, skipped};
+use media::{Loop, Mount, disk_dir, image, open, options, peek, shm_dir, skipped};
 use ringmill_core::IoStatus;
 use ringmill_core::bdev::Bdev;
 use ringmill_core::bdev::conformance::TestBed;

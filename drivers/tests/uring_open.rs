@@ -1,7 +1,7 @@
 //! What cannot be served is refused in one line that says what to do.
 #![expect(unsafe_code)] // UNSAFETY: one thread of the test gives up root's way around file permissions.
 
-mod common;
+mod media;
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{Loop, Mount, Zram, disk_dir, image, open, options, shm_dir, skipped};
+use media::{Loop, Mount, Zram, disk_dir, image, open, options, shm_dir, skipped};
 use ringmill_core::bdev::Bdev;
 use ringmill_core::bdev::conformance::TestBed;
 use ringmill_core::io::{IoFlags, IoOp};

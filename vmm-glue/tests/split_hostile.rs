@@ -1,9 +1,9 @@
 //! Drivers that break the rules: each attack ends in an error status or in a broken queue, touches no memory but what
 //! it named itself, and leaves the neighbour alone.
 
-mod common;
+mod bench;
 
-use common::{Bench, MEMORY_BYTES, RING_AT, SECTORS_COUNT, Setup};
+use bench::{Bench, MEMORY_BYTES, RING_AT, SECTORS_COUNT, Setup};
 use ringmill_core::limits::CHAIN_DESCRIPTORS_MAX;
 use ringmill_core::spec::virtio_blk as spec;
 use ringmill_core::spec::virtio_ring::{

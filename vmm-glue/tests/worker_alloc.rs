@@ -1,13 +1,13 @@
 //! A running queue worker allocates nothing: counted, with a channel that passes through and with bounced requests.
 #![expect(unsafe_code)] // UNSAFETY: a global allocator that counts.
 
-mod common;
+mod bench;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::sync::Arc;
 
-use common::{Bench, MEMORY_BYTES, RING_AT, SECTORS_COUNT, Setup};
+use bench::{Bench, MEMORY_BYTES, RING_AT, SECTORS_COUNT, Setup};
 use ringmill_core::bdev::{AlignChannel, Alignment, BlockLocks};
 use ringmill_core::spec::virtio_blk as spec;
 use ringmill_vmm_glue::sim::GuestMemory;

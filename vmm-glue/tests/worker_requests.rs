@@ -1,8 +1,8 @@
 //! What a queue worker does with well-formed requests: answers, order, figures.
 
-mod common;
+mod bench;
 
-use common::{Bench, SECTORS_COUNT, SERIAL, Setup};
+use bench::{Bench, SECTORS_COUNT, SERIAL, Setup};
 use ringmill_core::io::{IoFlags, IoOp};
 use ringmill_core::spec::virtio_blk as spec;
 use ringmill_core::stats::Stage;
@@ -137,7 +137,7 @@ fn a_quiesced_queue_takes_nothing_until_it_is_resumed() {
     use ringmill_core::reactor::Poller;
 
     let mut bench = Bench::new(Setup::default());
-    let count = Arc::new(common::Counter::default());
+    let count = Arc::new(bench::Counter::default());
     let told = Arc::clone(&count);
     bench.worker.quiesce(&mut bench.cx, Box::new(move || told.bump()));
     assert_eq!(count.get(), 1);

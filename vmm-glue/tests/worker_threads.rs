@@ -3,14 +3,14 @@
 //! The simulator explores orders of steps on one thread; here two processors meet for real. A pass proves little where
 //! the machine is busy; a failure proves a lost wake-up.
 
-mod common;
+mod bench;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Bench, Setup};
+use bench::{Bench, Setup};
 use ringmill_core::reactor::Poller;
 use ringmill_core::spec::virtio_blk as spec;
 use ringmill_vmm_glue::sim::Dice;
