@@ -87,7 +87,7 @@ pub enum OpenProblem {
         hint: &'static str,
     },
     /// On a read-only filesystem or medium.
-    #[error("{path:?} is on a read-only filesystem or device; set read_only = true")]
+    #[error("{path:?} is on a read-only filesystem or device; set readonly = true")]
     ReadOnlyMedium {
         /// The image.
         path: PathBuf,
@@ -141,7 +141,7 @@ pub enum OpenProblem {
         path: PathBuf,
     },
     /// Mounted.
-    #[error("{path:?} is mounted at {at:?}; unmount it, or set read_only = true")]
+    #[error("{path:?} is mounted at {at:?}; unmount it, or set readonly = true")]
     Mounted {
         /// The device.
         path: PathBuf,
@@ -165,7 +165,7 @@ pub enum OpenProblem {
     /// Somebody has the image lock.
     #[error(
         "{path:?} is locked by another program (a running ringmilld or QEMU?); stop that one, or let both open it with \
-         read_only = true"
+         readonly = true"
     )]
     Locked {
         /// The image.

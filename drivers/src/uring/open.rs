@@ -92,7 +92,7 @@ fn explain(options: &UringOptions, what: &'static str, source: io::Error) -> Ope
         Some(libc::EACCES | libc::EPERM) => OpenProblem::Permission {
             path,
             access: "reading and writing",
-            hint: ", or set read_only = true",
+            hint: ", or set readonly = true",
         },
         _ => OpenProblem::Io { path, what, source },
     }

@@ -16,7 +16,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
         ringmillctl. No root, hugepages or kernel module is needed for disks on files.",
     after_help = "Examples:\n  \
         ringmilld demo                                  see it work, with numbers, in 15 seconds\n  \
-        ringmilld -m 1 -S /run/ringmill                 serve from core 1; then: ringmillctl disk add vm1 --file vm1.img\n  \
+        ringmilld -m 0x2 -S /run/ringmill               serve from core 1; then: ringmillctl disk add vm1 --file vm1.img\n  \
         ringmilld -c /etc/ringmill.toml                 serve the disks of a configuration"
 )]
 pub struct Cli {

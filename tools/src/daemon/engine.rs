@@ -690,7 +690,16 @@ impl Engine for DaemonEngine {
     }
 
     fn kill(&mut self, signal: i32) -> Result<(), EngineError> {
-        self.stop_signal = Some(signal);
+        match signal {
+            // As from the kernel: a lost terminal changes nothing.
+            libc::SIGHUP => {}
+            libc::SIGKILL => {
+                use rustix::process::{Signal, getpid, kill_process};
+                kill_process(getpid(), Signal::KILL)
+                    .map_err(|e| failed(e.raw_os_error(), e.to_string()))?;
+            }
+            _ => self.stop_signal = Some(signal),
+        }
         Ok(())
     }
 

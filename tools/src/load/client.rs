@@ -86,6 +86,23 @@ pub struct Client {
     _memory_file: File,
 }
 
+/// How to connect.
+#[derive(Clone, Copy, Debug)]
+pub struct ClientOptions {
+    /// Queues.
+    pub queues_count: usize,
+    /// Entries of each, a power of two. A request takes three.
+    pub queue_size: u16,
+    /// Buffers, one per request in flight.
+    pub slots_count: usize,
+    /// Bytes of each.
+    pub slot_bytes: usize,
+    /// Virtio features to ask for besides the usual ones.
+    pub features_more: u64,
+    /// Virtio features not to ask for.
+    pub features_less: u64,
+}
+
 impl Client {
     /// Connects with `queues_count` queues of `queue_size` entries and `slots_count` buffers of `slot_bytes` each.
     ///
@@ -98,6 +115,24 @@ impl Client {
         slots_count: usize,
         slot_bytes: usize,
     ) -> Result<Client, ClientError> {
+        let (features_more, features_less) = (0, 0);
+        let options = ClientOptions {
+            queues_count,
+            queue_size,
+            slots_count,
+            slot_bytes,
+            features_more,
+            features_less,
+        };
+        Client::connect_with(socket, &options)
+    }
+
+    /// Connects with other features than usual.
+    ///
+    /// # Errors
+    /// No server, or one that refuses.
+    pub fn connect_with(socket: &Path, options: &ClientOptions) -> Result<Client, ClientError> {
+        let &ClientOptions { queues_count, queue_size, slots_count, slot_bytes, .. } = options;
         let path = socket.display().to_string();
         let setup = |what| move |source| ClientError::Setup { what, source };
         let features = VirtioFeatureFlags::VERSION_1.bits()
@@ -108,6 +143,7 @@ impl Client {
                 | VirtioBlkFeatureFlags::DISCARD
                 | VirtioBlkFeatureFlags::WRITE_ZEROES)
                 .bits();
+        let features = (features | options.features_more) & !options.features_less;
         let connected = VhostUser::new(&path, features)
             .map_err(|source| ClientError::Connect { path, source })?;
         let mut transport: Box<VirtioBlkTransport> = Box::new(connected);
@@ -165,6 +201,12 @@ impl Client {
     #[must_use]
     pub fn block_bytes(&self) -> u32 {
         self.block_bytes
+    }
+
+    /// The virtio features that both ends agreed on.
+    #[must_use]
+    pub fn features(&self) -> u64 {
+        self.transport.get_features()
     }
 
     /// Queues.

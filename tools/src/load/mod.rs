@@ -8,5 +8,5 @@
 mod client;
 mod run;
 
-pub use client::{Client, ClientError, Transfer};
+pub use client::{Client, ClientError, ClientOptions, Transfer};
 pub use run::{LoadOptions, LoadReport, Mix, fill, random_load, verify_filled};

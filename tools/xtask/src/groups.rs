@@ -75,7 +75,7 @@ pub(crate) fn test(root: &Path, only: &[GroupName]) -> Result<bool> {
         }
         let started = Instant::now();
         let outcome = match group {
-            GroupName::Unit => unit(root)?,
+            GroupName::Unit => unit(root, &skipped_file)?,
             GroupName::Doc => passed(cargo(root, &["test", "--workspace", "--doc"], &[])?),
             GroupName::Sim if !sim_exists(root) => {
                 GroupOutcome::Skipped(format!("{SIM_EXAMPLE} is not there"))
@@ -150,10 +150,16 @@ pub(crate) fn sim(root: &Path, range: SimRange) -> Result<bool> {
     cargo(root, &args, &[])
 }
 
-fn unit(root: &Path) -> Result<GroupOutcome> {
+fn unit(root: &Path, skipped_file: &Path) -> Result<GroupOutcome> {
+    let path = skipped_file.to_string_lossy();
+    let env = [("RINGMILL_SKIPPED_FILE", path.as_ref())];
     if has_nextest(root) {
         let not_guest = format!("not binary({GUEST_TEST})");
-        return Ok(passed(cargo(root, &["nextest", "run", "--workspace", "-E", &not_guest], &[])?));
+        return Ok(passed(cargo(
+            root,
+            &["nextest", "run", "--workspace", "-E", &not_guest],
+            &env,
+        )?));
     }
     // Plain cargo has no way to leave one test binary out, only to name all the others.
     let mut args = vec!["test", "--workspace", "--lib", "--bins", "--no-fail-fast"];
@@ -161,7 +167,7 @@ fn unit(root: &Path) -> Result<GroupOutcome> {
     for name in names.iter().filter(|name| *name != GUEST_TEST) {
         args.extend(["--test", name]);
     }
-    Ok(passed(cargo(root, &args, &[])?))
+    Ok(passed(cargo(root, &args, &env)?))
 }
 
 fn guest_group(root: &Path, skipped_file: &Path) -> Result<GroupOutcome> {
