@@ -8,6 +8,7 @@ mod medium;
 mod peers;
 
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -62,7 +63,9 @@ fn median(mut values: Vec<f64>) -> f64 {
 }
 
 fn measure(socket: &Path, depth: usize, seconds: u64) -> anyhow::Result<Figure> {
-    let mut client = Client::connect(socket, 1, 256, depth, BLOCK_BYTES)?;
+    // Three descriptors per request without indirect tables.
+    let queue_size = u16::try_from((depth * 4).next_power_of_two().max(256))?;
+    let mut client = Client::connect(socket, 1, queue_size, depth, BLOCK_BYTES)?;
     let options = LoadOptions {
         block_bytes: BLOCK_BYTES,
         depth,
@@ -168,17 +171,27 @@ fn medium_marks(args: &Args, daemon: &Ringmilld, medium: &Medium) -> anyhow::Res
     daemon.remove(medium.name())
 }
 
-fn main() -> anyhow::Result<()> {
-    let args = Args::parse();
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("marks: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> anyhow::Result<()> {
     if !args.ringmilld.exists() {
         bail!("{} does not exist; run `cargo build --release` first", args.ringmilld.display());
     }
+    let dir = tempfile::tempdir().context("cannot create a temporary directory")?;
+    let daemon = Ringmilld::start(&args.ringmilld, dir.path(), args.server_core)?;
+    // After the daemon has started: it would inherit the client's core.
     let mut cpus = CpuSet::new();
     cpus.set(args.client_core as usize);
     rustix::thread::sched_setaffinity(None, &cpus)
         .with_context(|| format!("cannot pin the client to core {}", args.client_core))?;
-    let dir = tempfile::tempdir().context("cannot create a temporary directory")?;
-    let daemon = Ringmilld::start(&args.ringmilld, dir.path(), args.server_core)?;
     #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
     let ghz = tick_rate() as f64 / 1e9;
     println!(
@@ -186,10 +199,10 @@ fn main() -> anyhow::Result<()> {
         args.server_core, args.client_core, args.rounds, args.seconds
     );
     daemon.add_null("null", 1 << 30)?;
-    null_marks(&args, &daemon, dir.path())?;
+    null_marks(args, &daemon, dir.path())?;
     for medium in medium::all(MEDIUM_BYTES) {
         match medium {
-            Ok(medium) => medium_marks(&args, &daemon, &medium)?,
+            Ok(medium) => medium_marks(args, &daemon, &medium)?,
             Err(reason) => println!("left out: {reason:#}\n"),
         }
     }

@@ -151,7 +151,7 @@ impl StorageDaemon {
             .arg("--object")
             .arg("iothread,id=io0")
             .arg("--blockdev")
-            .arg("null-co,node-name=disk,size=1G,read-zeroes=off")
+            .arg("null-co,node-name=disk,size=1073741824,read-zeroes=off")
             .arg("--export")
             .arg(format!(
                 "type=vhost-user-blk,id=export,node-name=disk,writable=on,iothread=io0,addr.type=unix,addr.path={}",

@@ -4,6 +4,7 @@
 //! simulator; packages says which Debian packages are missing and, as root, installs them; man writes man pages and
 //! shell completions.
 
+mod bench;
 mod groups;
 mod man;
 // The lab's own list, so that what is installed and what is looked for cannot differ; a dependency on the whole tools
@@ -59,6 +60,15 @@ enum Task {
     },
     /// Write man pages and shell completions to target/man and target/completions
     Man,
+    /// Measure ringmilld beside qemu-storage-daemon and fio, in one run; takes some minutes
+    Bench {
+        /// Rounds; each server is measured once per round
+        #[arg(long, default_value_t = 5)]
+        rounds: u32,
+        /// Length of each measurement, seconds
+        #[arg(long, default_value_t = 2)]
+        seconds: u32,
+    },
     /// Say which Debian packages the tests still need
     Packages {
         /// Install them (root only)
@@ -102,6 +112,7 @@ fn run(task: &Task) -> Result<bool> {
             groups::sim(&root, range)
         }
         Task::Man => man::man(&root),
+        Task::Bench { rounds, seconds } => bench::run(&root, *rounds, *seconds),
         Task::Packages { install } => {
             let outcome = if *install { provision::provision(&root)? } else { provision::look() };
             if let Some(missing) = &outcome.missing {
