@@ -37,6 +37,9 @@ struct Args {
     /// Length of each measurement, seconds.
     #[arg(long, default_value_t = 2)]
     seconds: u64,
+    /// Measure only this: null, tmpfs or zram.
+    #[arg(long, value_parser = ["null", "tmpfs", "zram"])]
+    only: Option<String>,
     /// Core of the servers and of fio.
     #[arg(long, default_value_t = 1)]
     server_core: u32,
@@ -198,10 +201,14 @@ fn run(args: &Args) -> anyhow::Result<()> {
         "TSC {ghz:.3} GHz; servers on core {}, client on core {}; {} rounds of {} s, median (lowest…highest)\n",
         args.server_core, args.client_core, args.rounds, args.seconds
     );
-    daemon.add_null("null", 1 << 30)?;
-    null_marks(args, &daemon, dir.path())?;
+    let wanted = |name: &str| args.only.as_ref().is_none_or(|only| only == name);
+    if wanted("null") {
+        daemon.add_null("null", 1 << 30)?;
+        null_marks(args, &daemon, dir.path())?;
+    }
     for medium in medium::all(MEDIUM_BYTES) {
         match medium {
+            Ok(medium) if !wanted(medium.name()) => {}
             Ok(medium) => medium_marks(args, &daemon, &medium)?,
             Err(reason) => println!("left out: {reason:#}\n"),
         }
