@@ -344,3 +344,136 @@ pub(crate) fn discard_command(
     bytes[..8].copy_from_slice(&len_bytes.to_ne_bytes());
     command.addr(Some(offset_bytes)).cmd(bytes).build()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsFd;
+    use std::sync::{Arc, OnceLock};
+    use std::time::{Duration, Instant};
+
+    use proptest::prelude::*;
+    use ringmill_core::mem::{MemTable, SegmentLists, total_bytes};
+    use ringmill_core::units::GuestAddr;
+
+    use super::*;
+
+    fn segments(lens: &[u32]) -> Vec<Segment> {
+        static TABLE: OnceLock<MemTable> = OnceLock::new();
+        let table = TABLE.get_or_init(|| MemTable::anonymous(GuestAddr(0), 1 << 31).unwrap());
+        lens.iter().filter_map(|&len| table.translate(GuestAddr(0), len, &mut 0)).collect()
+    }
+
+    fn landed<T>(flights: &mut Flights<T>, ring: &mut Ring) -> (Tag, i32) {
+        let start = Instant::now();
+        loop {
+            ring.commit();
+            ring.reap();
+            if let Some(got) = flights.landed(ring) {
+                return got;
+            }
+            assert!(start.elapsed() < Duration::from_secs(10), "no result");
+        }
+    }
+
+    fn flights<T>(ring: &mut Ring, path: &str) -> (Flights<T>, File) {
+        ring.enable().unwrap();
+        let file = File::open(path).unwrap();
+        (Flights::open(Slots::new(4), ring, file.as_fd()).unwrap(), file)
+    }
+
+    #[test]
+    fn a_request_that_is_out_cannot_be_taken_away() {
+        let mut ring = Ring::new(&[]).unwrap();
+        let (mut flights, _file) = flights::<u8>(&mut ring, "/dev/zero");
+        let list = SegmentLists::default().keep(&segments(&[4096])).unwrap();
+        let tag = flights.insert(list, 7).unwrap();
+        assert_eq!(flights.transfer(&mut ring, tag, Direction::Read, 0, 4096), Some(4096));
+        assert!(flights.remove(tag).is_none());
+        assert_eq!(flights.transfer(&mut ring, tag, Direction::Read, 0, 4096), None);
+        assert!(!flights.start(&mut ring, tag, Plain::DataSync));
+        assert_eq!(landed(&mut flights, &mut ring), (tag, 4096));
+        assert_eq!(flights.remove(tag).map(|(_, state)| state), Some(7));
+        assert!(flights.remove(tag).is_none());
+        flights.close(&mut ring);
+        assert_eq!(ring.outstanding(), 0);
+    }
+
+    #[test]
+    fn a_result_without_a_request_is_counted() {
+        let mut ring = Ring::new(&[]).unwrap();
+        let (mut flights, _file) = flights::<()>(&mut ring, "/dev/zero");
+        assert!(!flights.arrive(Tag(3)));
+        let tag = flights.insert(SegmentList::default(), ()).unwrap();
+        assert!(!flights.arrive(tag), "it was never sent");
+        flights.depart(tag);
+        assert!(flights.arrive(tag) && !flights.arrive(tag));
+        assert_eq!((flights.take_stale(), flights.take_stale()), (3, 0));
+    }
+
+    #[test]
+    fn slots_that_the_kernel_still_reaches_are_never_freed() {
+        let alive = Arc::new(());
+        let mut ring = Ring::new(&[]).unwrap();
+        let (mut flights, _file) = flights(&mut ring, "/dev/zero");
+        let list = SegmentLists::default().keep(&segments(&[512, 512])).unwrap();
+        let tag = flights.insert(list, Arc::clone(&alive)).unwrap();
+        assert!(flights.transfer(&mut ring, tag, Direction::Read, 0, 1024).is_some());
+        drop(flights);
+        assert_eq!(Arc::strong_count(&alive), 2);
+    }
+
+    #[test]
+    fn an_empty_list_moves_nothing() {
+        let mut ring = Ring::new(&[]).unwrap();
+        let (mut flights, _file) = flights::<()>(&mut ring, "/dev/zero");
+        let tag = flights.insert(SegmentList::default(), ()).unwrap();
+        assert_eq!(flights.transfer(&mut ring, tag, Direction::Read, 0, 4096), Some(0));
+        assert_eq!(landed(&mut flights, &mut ring), (tag, 0));
+    }
+
+    #[test]
+    fn long_segments_and_long_lists_are_cut() {
+        let one = segments(&[3 << 29]);
+        assert!(
+            matches!(cut(&one, ENTRY_BYTES_MAX), Cut::One(_, len) if u64::from(len) == 1 << 30)
+        );
+        let many = segments(&[512; 2000]);
+        assert!(matches!(cut(&many, 1 << 20), Cut::Many(1024, bytes) if bytes == 1024 * 512));
+        let large = segments(&[1 << 29, 1 << 29, 1 << 29]);
+        assert!(matches!(cut(&large, ENTRY_BYTES_MAX), Cut::Many(2, bytes) if bytes == 1 << 30));
+    }
+
+    proptest! {
+        /// However the kernel cuts a transfer short, the pieces add up to the whole, in order, without overlap.
+        #[test]
+        fn pieces_add_up(lens in prop::collection::vec(1u32..5000, 1..40), cuts in any::<u64>()) {
+            let whole = segments(&lens);
+            let total = total_bytes(&whole);
+            let mut list = SegmentLists::default().keep(&whole).unwrap();
+            let mut ring = Ring::new(&[]).unwrap();
+            let (mut flights, _file) = flights::<()>(&mut ring, "/dev/null");
+            let tag = flights.insert(std::mem::take(&mut list), ()).unwrap();
+            let (mut done, mut chance) = (0, cuts);
+            while done < total {
+                let flight = flights.slots.get_mut(tag).unwrap();
+                let rest = &flight.segments.as_slice()[flight.first..];
+                prop_assert_eq!(total_bytes(rest), total - done);
+                // The first byte to come lies where the twin, which counts from the start, says.
+                let mut skip = done;
+                let at = whole.iter().find_map(|s| {
+                    let len = u64::from(s.len_bytes());
+                    if skip < len { return Some(s.host().0 + usize_of(skip)); }
+                    skip -= len;
+                    None
+                });
+                prop_assert_eq!(rest.first().map(|s| s.host().0), at);
+                chance = chance.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                let moved = 1 + (chance >> 33) % (total - done);
+                flights.advance(tag, moved);
+                done += moved;
+            }
+            prop_assert!(flights.remove(tag).is_some());
+        }
+    }
+}

@@ -6,5 +6,6 @@
 //! **Invariant:** nothing here knows a particular block driver.
 
 pub mod blk;
+pub mod sim;
 pub mod vhost_user;
 pub mod virtq;

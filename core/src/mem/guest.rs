@@ -102,6 +102,7 @@ impl MemTable {
     ///
     /// # Errors
     /// Boxed, as this is a convenience: no memory, or an impossible range.
+    #[cold]
     pub fn anonymous(
         guest_addr: GuestAddr,
         len_bytes: usize,

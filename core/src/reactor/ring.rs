@@ -169,8 +169,8 @@ impl Ring {
         let register = |what| move |source| RingError::Register { what, source };
         let submitter = uring.submitter();
         submitter.register_files_sparse(RING_FILES_MAX).map_err(register("file table"))?;
-        // Two workers for blocking work per ring keep FLUSH of one disk from waiting for another's discard, without
-        // letting a thousand disks start a thousand threads.
+        // At most 16 kernel threads of each kind per ring: enough that FLUSH of one disk does not wait for another's
+        // discard, and a thousand disks do not start a thousand threads.
         submitter.register_iowq_max_workers(&mut [16, 16]).map_err(register("worker limit"))?;
         if !io_wq_cpus.is_empty() {
             // SAFETY: an all-zero cpu_set_t is the empty set.

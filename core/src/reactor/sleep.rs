@@ -46,6 +46,7 @@ impl SleepFlag {
     }
 }
 
+/// `RUSTFLAGS="--cfg loom" cargo test -p ringmill-core --lib --target-dir target/loom sleep`
 #[cfg(all(test, loom))]
 mod loom_tests {
     use loom::sync::Arc;

@@ -164,6 +164,7 @@ impl LatencySnapshot {
 
     /// What was recorded after `baseline`. Minimum and maximum are then those of the buckets that grew.
     #[must_use]
+    #[cold]
     pub fn since(&self, baseline: &LatencySnapshot) -> LatencySnapshot {
         if baseline.counts.is_empty() {
             return self.clone();

@@ -14,6 +14,7 @@ use ringmill_core::io::{BatchView, Completion, Completions, IoOp, IoRequest, Tag
 use ringmill_core::limits::QUEUE_INFLIGHT_MAX;
 use ringmill_core::mem::{Segment, SegmentList};
 use ringmill_core::reactor::{IoCx, Ring};
+use ringmill_core::units::bytes_u64;
 
 use super::memory::DiskMemory;
 use crate::flight::{FlightSlots, Flights, Plain};
@@ -58,7 +59,7 @@ impl MallocChannel {
                     return IoStatus::Range;
                 };
                 let copied = if writes { disk.copy_from(&rest) } else { rest.copy_from(&disk) };
-                offset_bytes += copied as u64;
+                offset_bytes += bytes_u64(copied);
                 rest = rest.sub(disk.len_bytes(), u32::MAX);
             }
         }

@@ -15,7 +15,7 @@ pub(super) enum Way {
     ZeroRange = 2,
     /// The discard command of Linux 6.12 on the ring.
     RingDiscard = 4,
-    /// The BLKDISCARD ioctl, by the helper thread.
+    /// The BLKDISCARD ioctl, by the discard thread.
     HelperDiscard = 8,
 }
 

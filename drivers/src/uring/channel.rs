@@ -16,7 +16,7 @@ use ringmill_core::bdev::{Channel, Room};
 use ringmill_core::io::{BatchView, Completion, Completions, IoFlags, IoOp, Tag};
 use ringmill_core::reactor::{IoCx, Ring, RingError};
 
-use super::helper::Answers;
+use super::discard_thread::Answers;
 use super::work::{Outcome, Stage, Work};
 use super::{Counters, OldestStart, REQUESTS_MAX, Shared};
 use crate::flight::{Direction, FlightSlots, Flights, Plain};

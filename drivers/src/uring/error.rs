@@ -77,7 +77,7 @@ pub enum OpenProblem {
         kind: &'static str,
     },
     /// Not allowed.
-    #[error("no permission to open {path:?} for {access}; change its owner or mode{hint}")]
+    #[error("{path:?}: no permission for {access}; change its owner or mode{hint}")]
     Permission {
         /// The image.
         path: PathBuf,
@@ -115,7 +115,7 @@ pub enum OpenProblem {
     },
     /// The wanted block is smaller than what the device can do.
     #[error(
-        "block size {block_bytes} is smaller than the {device_bytes} bytes in which {path:?} does direct I/O; leave the \
+        "{path:?} does direct I/O in blocks of {device_bytes} bytes, more than the block size {block_bytes}; leave the \
          block size out, set at least {device_bytes}, or set cache = \"writeback\""
     )]
     Block {

@@ -6,9 +6,9 @@
 
 mod ability;
 mod channel;
+mod discard_thread;
 mod error;
 mod format;
-mod helper;
 mod lock;
 mod mounts;
 mod open;
@@ -20,6 +20,7 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use ringmill_core::bdev::{
     AlignChannel, Alignment, Bdev, BdevError, BdevInfo, BlockLocks, ChannelSeed,
@@ -36,6 +37,10 @@ pub use open::{CacheMode, UringOptions};
 
 /// Requests of one channel in the kernel at a time; more wait on their virtqueues.
 const REQUESTS_MAX: usize = 256;
+
+/// Pause between two tries for an image's lock, and how long nobody needs to hear of them.
+const RETRY_PERIOD: Duration = Duration::from_millis(10);
+const TELL_AFTER: Duration = Duration::from_millis(500);
 
 /// What all channels of one disk share.
 #[derive(Debug)]
@@ -91,6 +96,33 @@ impl UringBdev {
         open::open(name, options)
     }
 
+    /// As [`UringBdev::open`], but tries again for up to `patience` while somebody else has the image. The kernel holds a
+    /// dead or ended process's lock until its last request is back and its ring is torn down: some tens of milliseconds
+    /// after even an orderly end.
+    ///
+    /// # Errors
+    /// As for `open`.
+    pub fn open_patiently(
+        name: &str,
+        options: &UringOptions,
+        patience: Duration,
+    ) -> Result<UringBdev, UringOpenError> {
+        let start = Instant::now();
+        let mut told = false;
+        loop {
+            match open::open(name, options) {
+                Err(error) if error.may_pass() && start.elapsed() < patience => {
+                    if !told && start.elapsed() > TELL_AFTER {
+                        tracing::warn!("{error}; trying again for {} s", patience.as_secs());
+                        told = true;
+                    }
+                    std::thread::sleep(RETRY_PERIOD);
+                }
+                end => return end,
+            }
+        }
+    }
+
     /// Age of the oldest request that the kernel has not answered, nanoseconds; 0 when nothing is in flight. Exact to
     /// some tenths of a second.
     #[must_use]
@@ -117,7 +149,7 @@ impl Bdev for UringBdev {
         }
         let (info, shared) = (Arc::clone(&self.info), Arc::clone(&self.shared));
         let (rules, locks) = (self.rules, self.locks.clone());
-        let (slots, answers) = (Slots::new(REQUESTS_MAX), helper::answers());
+        let (slots, answers) = (Slots::new(REQUESTS_MAX), discard_thread::answers());
         Ok(Box::new(move |io| {
             let Some(ring) = &mut io.ring else {
                 let reason = "a uring disk needs a reactor with an io_uring".to_owned();

@@ -20,7 +20,7 @@ use super::ability::{Abilities, Way};
 use super::error::{OpenProblem, UringOpenError};
 use super::mounts::{DeviceNumber, device_number, is_swap, mounted_at, with_partitions};
 use super::probe::{self, DirectRules};
-use super::{Counters, Shared, UringBdev, format, helper, lock, ranges};
+use super::{Counters, Shared, UringBdev, discard_thread, format, lock, ranges};
 
 /// How the host's page cache takes part, in the words of QEMU and libvirt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -202,7 +202,8 @@ fn choose_block(options: &UringOptions, rules: DirectRules) -> Result<u32, OpenP
             format!("block size {block_bytes} is not a power of two from 512 to {BLOCK_BYTES_MAX}");
         return Err(OpenProblem::Geometry { path, reason });
     }
-    if block_bytes < rules.offset_bytes {
+    // Through the page cache a smaller one only costs the reads around it.
+    if options.cache == CacheMode::None && block_bytes < rules.offset_bytes {
         return Err(OpenProblem::Block { path, block_bytes, device_bytes: rules.offset_bytes });
     }
     Ok(block_bytes)
@@ -265,11 +266,11 @@ fn probe_abilities(
         }
         Some(device) => {
             let limit_bytes = probe::queue_number(device, "discard_max_bytes").unwrap_or(0);
-            if limit_bytes == 0 || !helper::ring_discards(file) {
+            if limit_bytes == 0 || !discard_thread::ring_discards(file) {
                 abilities.strike(Way::RingDiscard);
             }
             // Also where the ring can: it may yet refuse, and the thread only waits.
-            if limit_bytes == 0 || helper::start().is_err() {
+            if limit_bytes == 0 || discard_thread::start().is_err() {
                 abilities.strike(Way::HelperDiscard);
             }
             let granularity = probe::queue_number(device, "discard_granularity").unwrap_or(0);

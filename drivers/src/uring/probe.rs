@@ -12,11 +12,25 @@ use rustix::fs::{AtFlags, FallocateFlags, StatxFlags, fallocate, statx};
 
 use super::mounts::{DeviceNumber, sysfs_dir};
 
+const PAGE_BYTES: u32 = 4096;
+
 /// Alignment of memory and of file offsets for direct I/O, bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct DirectRules {
     pub(super) memory_bytes: u32,
     pub(super) offset_bytes: u32,
+}
+
+impl DirectRules {
+    /// The rules as they are safe to follow.
+    ///
+    /// QUIRK: zram (Linux 6.18, `drivers/block/zram`, `is_partial_io`) states 512 bytes for memory but takes whole pages
+    /// where its block is a page: data at other addresses is exchanged with what lies beside it, in both directions.
+    /// Devices of such blocks therefore only get memory aligned like a block, also below a filesystem.
+    fn safe(self) -> DirectRules {
+        let page = if self.offset_bytes >= PAGE_BYTES { PAGE_BYTES } else { 1 };
+        DirectRules { memory_bytes: self.memory_bytes.max(page), offset_bytes: self.offset_bytes }
+    }
 }
 
 /// Memory that satisfies every device.
@@ -54,10 +68,11 @@ fn tried_rules(file: &File) -> Option<DirectRules> {
 pub(super) fn file_rules(file: &File) -> Option<DirectRules> {
     match stated_rules(file) {
         Ok(Some(rules)) if rules.offset_bytes == 0 => None,
-        Ok(Some(rules)) => Some(DirectRules {
-            memory_bytes: rules.memory_bytes.max(1),
-            offset_bytes: rules.offset_bytes.max(SECTOR_BYTES),
-        }),
+        Ok(Some(rules)) => {
+            let memory_bytes = rules.memory_bytes.max(1);
+            let offset_bytes = rules.offset_bytes.max(SECTOR_BYTES);
+            Some(DirectRules { memory_bytes, offset_bytes }.safe())
+        }
         Ok(None) | Err(_) => tried_rules(file),
     }
 }
@@ -70,10 +85,8 @@ pub(super) fn device_rules(file: &File, device: DeviceNumber) -> io::Result<Dire
         Some(mask) => u32::try_from(mask + 1).unwrap_or(logical_bytes),
         None => logical_bytes,
     };
-    Ok(DirectRules {
-        memory_bytes: memory_bytes.checked_next_power_of_two().unwrap_or(logical_bytes),
-        offset_bytes: logical_bytes,
-    })
+    let memory_bytes = memory_bytes.checked_next_power_of_two().unwrap_or(logical_bytes);
+    Ok(DirectRules { memory_bytes, offset_bytes: logical_bytes }.safe())
 }
 
 /// A number from the request queue of a device or of the disk that a partition is on.

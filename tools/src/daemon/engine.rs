@@ -33,8 +33,7 @@ use crate::rpc::engine::{
 };
 
 /// How long a start waits for the lock of an image that a dying predecessor still holds.
-const LOCK_RETRY_MAX: Duration = Duration::from_secs(10);
-const LOCK_RETRY_EVERY: Duration = Duration::from_millis(50);
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 /// A deletion is answered after this long even if requests are still in flight.
 const DELETE_ANSWER_MAX: Duration = Duration::from_secs(5);
 /// Queues on offer when the configuration does not say.
@@ -292,7 +291,7 @@ impl DaemonEngine {
         let cache = options.cache;
         let job_name = name.clone();
         let job = move || -> Applied<DaemonEngine> {
-            let opened = open_with_retry(&name, &options);
+            let opened = UringBdev::open_patiently(&name, &options, LOCK_PATIENCE);
             Box::new(move |engine: &mut DaemonEngine| {
                 engine.opening.retain(|n| *n != name);
                 let result = opened.map_err(|e| open_error(&e)).and_then(|bdev| {
@@ -371,24 +370,6 @@ impl DaemonEngine {
                 && filter.bdev.is_none_or(|name| c.spec().bdev == name)
         };
         Ok(self.controllers.iter().filter(wanted).collect())
-    }
-}
-
-/// Opens an image; while a lock that may pass is in the way, tries again for a bounded time.
-fn open_with_retry(name: &str, options: &UringOptions) -> Result<UringBdev, UringOpenError> {
-    let deadline = Instant::now() + LOCK_RETRY_MAX;
-    let mut told = false;
-    loop {
-        match UringBdev::open(name, options) {
-            Err(error) if error.may_pass() && Instant::now() < deadline => {
-                if !told {
-                    tracing::warn!("{error}; waiting up to {} s for it", LOCK_RETRY_MAX.as_secs());
-                    told = true;
-                }
-                std::thread::sleep(LOCK_RETRY_EVERY);
-            }
-            result => return result,
-        }
     }
 }
 

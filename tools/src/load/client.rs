@@ -171,7 +171,7 @@ impl Client {
             notifiers,
             memory,
             slot_bytes,
-            capacity_bytes: u64::from(config.capacity.to_native()) * 512,
+            capacity_bytes: config.capacity.to_native() * 512,
             block_bytes: config.blk_size.to_native().max(512),
             transport,
             _memory_file: memory_file,
@@ -188,7 +188,7 @@ impl Client {
             what: "read the disk's configuration",
             source,
         })?;
-        Ok(u64::from(config.capacity.to_native()) * 512)
+        Ok(config.capacity.to_native() * 512)
     }
 
     /// Bytes of the disk when it was connected.

@@ -1,9 +1,12 @@
 //! `cargo xtask`: the developer's commands. Nothing here ships.
 //!
 //! tidy checks what a machine can check of the house style; test runs everything, guest only the QEMU guests, sim the
-//! simulator; packages says which Debian packages are missing and, as root, installs them.
+//! simulator; packages says which Debian packages are missing and, as root, installs them; man writes man pages and
+//! shell completions.
 
+mod bench;
 mod groups;
+mod man;
 // The lab's own list, so that what is installed and what is looked for cannot differ; a dependency on the whole tools
 // crate would make every xtask wait for it.
 #[expect(unreachable_pub, reason = "public in the tools crate")]
@@ -55,6 +58,17 @@ enum Task {
         #[arg(long, value_name = "N", default_value_t = 100)]
         seeds: u64,
     },
+    /// Write man pages and shell completions to target/man and target/completions
+    Man,
+    /// Measure ringmilld beside qemu-storage-daemon and fio, in one run; takes some minutes
+    Bench {
+        /// Rounds; each server is measured once per round
+        #[arg(long, default_value_t = 5)]
+        rounds: u32,
+        /// Length of each measurement, seconds
+        #[arg(long, default_value_t = 2)]
+        seconds: u32,
+    },
     /// Say which Debian packages the tests still need
     Packages {
         /// Install them (root only)
@@ -97,6 +111,8 @@ fn run(task: &Task) -> Result<bool> {
             }
             groups::sim(&root, range)
         }
+        Task::Man => man::man(&root),
+        Task::Bench { rounds, seconds } => bench::run(&root, *rounds, *seconds),
         Task::Packages { install } => {
             let outcome = if *install { provision::provision(&root)? } else { provision::look() };
             if let Some(missing) = &outcome.missing {

@@ -71,3 +71,111 @@ pub fn encode_config(device: &BlkDevice, queues_count: u16) -> [u8; CONFIG_BYTES
     }
     .encode()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::mem::offset_of;
+    use std::sync::Arc;
+
+    use ringmill_core::bdev::{Bdev, BdevError, BdevInfo, ChannelSeed, Geometry};
+    use virtio_bindings::virtio_blk::{self as linux, virtio_blk_config as Layout};
+    use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+    use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+    use super::*;
+
+    struct Disk(Arc<BdevInfo>);
+
+    impl Bdev for Disk {
+        fn info(&self) -> &Arc<BdevInfo> {
+            &self.0
+        }
+
+        fn open_channel(&self) -> Result<ChannelSeed, BdevError> {
+            Err(BdevError::Refused { name: String::new(), reason: String::new() })
+        }
+    }
+
+    fn device(discard: bool, read_only: bool) -> BlkDevice {
+        let geometry = Geometry {
+            block_bytes: 4096,
+            physical_block_bytes: 16_384,
+            optimal_io_bytes: 65_536,
+            blocks_count: 1000,
+            read_only: false,
+            write_cache: true,
+            discard,
+            discard_granularity_bytes: 8192,
+            write_zeroes: discard,
+        };
+        let info = BdevInfo::new("t", None, "test", geometry).unwrap();
+        let bdev: Arc<dyn Bdev> = Arc::new(Disk(Arc::new(info)));
+        BlkDevice::new(&bdev, "a serial of more than twenty bytes", read_only)
+    }
+
+    fn number(config: &[u8], at: usize, len: usize) -> u64 {
+        config[at..at + len].iter().rev().fold(0, |sum, &b| (sum << 8) | u64::from(b))
+    }
+
+    #[test]
+    fn fields_lie_where_linux_looks_for_them() {
+        let device = device(true, false);
+        let config = encode_config(&device, 5);
+        assert_eq!(size_of::<Layout>().min(60), CONFIG_BYTES);
+        let field = |at, len| number(&config, at, len);
+        assert_eq!(field(offset_of!(Layout, capacity), 8), 8000);
+        assert_eq!(field(offset_of!(Layout, size_max), 4), 4 << 20);
+        assert_eq!(field(offset_of!(Layout, seg_max), 4), 126);
+        assert_eq!(field(offset_of!(Layout, blk_size), 4), 4096);
+        assert_eq!(field(offset_of!(Layout, physical_block_exp), 1), 2);
+        assert_eq!(field(offset_of!(Layout, alignment_offset), 1), 0);
+        assert_eq!(field(offset_of!(Layout, min_io_size), 2), 4);
+        assert_eq!(field(offset_of!(Layout, opt_io_size), 4), 16);
+        assert_eq!(field(offset_of!(Layout, wce), 1), 1);
+        assert_eq!(field(offset_of!(Layout, num_queues), 2), 5);
+        assert_eq!(field(offset_of!(Layout, max_discard_sectors), 4), 2 << 20);
+        assert_eq!(field(offset_of!(Layout, max_discard_seg), 4), 1);
+        assert_eq!(field(offset_of!(Layout, discard_sector_alignment), 4), 16);
+        assert_eq!(field(offset_of!(Layout, max_write_zeroes_sectors), 4), 2 << 20);
+        assert_eq!(field(offset_of!(Layout, max_write_zeroes_seg), 4), 1);
+        assert_eq!(field(offset_of!(Layout, write_zeroes_may_unmap), 1), 1);
+        device.set_write_back(false);
+        assert_eq!(encode_config(&device, 5)[offset_of!(Layout, wce)], 0);
+        device.info().set_blocks(2000);
+        assert_eq!(number(&encode_config(&device, 5), 0, 8), 16_000);
+    }
+
+    #[test]
+    fn feature_bits_are_those_of_linux() {
+        let always = [
+            VIRTIO_F_VERSION_1,
+            VIRTIO_RING_F_INDIRECT_DESC,
+            VIRTIO_RING_F_EVENT_IDX,
+            linux::VIRTIO_BLK_F_SIZE_MAX,
+            linux::VIRTIO_BLK_F_SEG_MAX,
+            linux::VIRTIO_BLK_F_BLK_SIZE,
+            linux::VIRTIO_BLK_F_TOPOLOGY,
+            linux::VIRTIO_BLK_F_FLUSH,
+            linux::VIRTIO_BLK_F_CONFIG_WCE,
+            linux::VIRTIO_BLK_F_MQ,
+        ];
+        let bits = |list: &[u32]| list.iter().fold(0u64, |sum, bit| sum | 1 << bit);
+        let always = bits(&always);
+        let ranges = bits(&[linux::VIRTIO_BLK_F_DISCARD, linux::VIRTIO_BLK_F_WRITE_ZEROES]);
+        let read_only = bits(&[linux::VIRTIO_BLK_F_RO]);
+        assert_eq!(device_features(&device(true, false)), always | ranges);
+        assert_eq!(device_features(&device(false, false)), always);
+        assert_eq!(device_features(&device(true, true)), always | read_only);
+    }
+
+    #[test]
+    fn what_is_not_offered_has_no_limits() {
+        let config = encode_config(&device(true, true), 1);
+        assert!(config[36..].iter().all(|&b| b == 0));
+    }
+
+    #[test]
+    fn a_serial_is_cut_at_twenty_bytes() {
+        assert_eq!(device(true, false).serial(), b"a serial of more tha");
+    }
+}

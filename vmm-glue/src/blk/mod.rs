@@ -3,13 +3,16 @@
 //! [`request`] parses one chain, [`worker`] drives one virtqueue, [`device`] is what the queues of one disk share,
 //! [`controller`] is a disk as its front-ends see it: one socket, its sessions, its queues on the reactors.
 
+mod arrivals;
 mod coalesce;
 mod config;
 mod controller;
 mod device;
 mod event;
 mod frontend;
+mod notifier;
 mod request;
+mod tracking;
 mod worker;
 
 pub use coalesce::CoalesceSettings;
@@ -21,4 +24,5 @@ pub use controller::{
 pub use device::{BlkDevice, QueueState, QueueStatus, WorkerEvent};
 pub use event::{Event, EventQueue, EventSender, event_queue};
 pub use request::{Parsed, Refusal, parse};
-pub use worker::{NoTracking, QueueWorker, Tracking, WorkerParts};
+pub use tracking::{NoTracking, Tracking};
+pub use worker::{QueueWorker, WorkerParts};

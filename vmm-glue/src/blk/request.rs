@@ -254,3 +254,194 @@ fn parse_range(
     }
     check_range(request, size_bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use ringmill_core::bdev::{Bdev, BdevError, BdevInfo, ChannelSeed, Geometry};
+    use ringmill_core::mem::total_bytes;
+
+    use super::*;
+    use crate::sim::{Buffer, Dice, GuestMemory};
+
+    const SIZE_BYTES: u64 = 1 << 20;
+    const AT: u64 = 0x1000;
+
+    struct Disk(Arc<BdevInfo>);
+
+    impl Bdev for Disk {
+        fn info(&self) -> &Arc<BdevInfo> {
+            &self.0
+        }
+
+        fn open_channel(&self) -> Result<ChannelSeed, BdevError> {
+            Err(BdevError::Refused { name: String::new(), reason: String::new() })
+        }
+    }
+
+    fn disk(discard: bool, read_only: bool) -> BlkDevice {
+        let geometry = Geometry {
+            block_bytes: 512,
+            physical_block_bytes: 512,
+            optimal_io_bytes: 0,
+            blocks_count: SIZE_BYTES / 512,
+            read_only: false,
+            write_cache: true,
+            discard,
+            discard_granularity_bytes: 0,
+            write_zeroes: discard,
+        };
+        let info = BdevInfo::new("t", None, "test", geometry).unwrap();
+        let bdev: Arc<dyn Bdev> = Arc::new(Disk(Arc::new(info)));
+        BlkDevice::new(&bdev, "t", read_only)
+    }
+
+    /// A chain of these buffers, as a ring would deliver it.
+    fn chain(memory: &GuestMemory, batch: &mut Batch, buffers: &[Buffer]) -> Chain {
+        let segments_at = batch.segments_mark();
+        let mut readable_count = 0;
+        for buffer in buffers {
+            for at in 0..buffer.len_bytes {
+                // Regions in this test are tiny, so that a buffer falls apart: byte by byte is one extreme.
+                let byte = memory.byte(buffer.addr + u64::from(at)).unwrap();
+                assert!(batch.push_segment(byte));
+                readable_count += usize::from(!buffer.writable);
+            }
+        }
+        finish(batch, segments_at, readable_count)
+    }
+
+    fn finish(batch: &mut Batch, segments_at: usize, readable_count: usize) -> Chain {
+        let segments = batch.segments_from(segments_at);
+        let (readable, writable) = segments.split_at(readable_count);
+        let last = writable.last().unwrap();
+        Chain {
+            head: 0,
+            segments_at,
+            readable_count,
+            segments_count: segments.len(),
+            readable_bytes: total_bytes(readable),
+            writable_bytes: total_bytes(writable),
+            status: last.sub(last.len_bytes() - 1, 1),
+            fault: None,
+        }
+    }
+
+    fn io(parsed: Parsed) -> IoRequest {
+        match parsed {
+            Parsed::Io(request) => request,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Header, data and status are found however the bytes are cut into segments.
+    #[test]
+    fn requests_are_found_by_byte_position() {
+        let memory = GuestMemory::new(&[(AT, 64 << 10)]);
+        let whole = memory.table();
+        let device = disk(true, false);
+        for seed in 0..500 {
+            let mut dice = Dice::new(seed, 1);
+            let mut batch = Batch::new();
+            // Something of an earlier request lies before ours.
+            for _ in 0..dice.index(3) {
+                batch.push_segment(memory.byte(AT).unwrap());
+            }
+            let (write, sectors) = (dice.chance(500), dice.between(1, 9));
+            let data = len_u32(512 * sectors);
+            let (readable, writable) =
+                if write { (16 + data, 1 + u32::from(dice.chance(100))) } else { (16, data + 1) };
+            let segments_at = batch.segments_mark();
+            let mut readable_count = 0;
+            let mut hosts = Vec::new();
+            for (start, total, reads) in [(AT, readable, true), (AT + 0x8000, writable, false)] {
+                let mut at = 0;
+                while at < total {
+                    let most = usize::try_from(total - at).unwrap();
+                    let most = if dice.chance(500) { most } else { most.min(20) };
+                    let len = len_u32(dice.between(1, most));
+                    let addr = ringmill_core::units::GuestAddr(start + u64::from(at));
+                    let segment = whole.translate(addr, len, &mut 0).unwrap();
+                    hosts.extend((0..index(len)).map(|i| segment.host().0 + i));
+                    batch.push_segment(segment);
+                    readable_count += usize::from(reads);
+                    at += len;
+                }
+            }
+            let kind = if write { spec::T_OUT } else { spec::T_IN };
+            memory.write(AT, &kind.to_le_bytes());
+            memory.write(AT + 8, &7u64.to_le_bytes());
+            let chain = finish(&mut batch, segments_at, readable_count);
+            let request = io(parse(&chain, &mut batch, &device, SIZE_BYTES).unwrap());
+            assert_eq!((request.offset_bytes, request.len_bytes), (7 * 512, u64::from(data)));
+            let found: Vec<usize> = batch.segments_from(index(request.segments_at))
+                [..index(request.segments_count)]
+                .iter()
+                .flat_map(|s| (0..index(s.len_bytes())).map(|i| s.host().0 + i))
+                .collect();
+            let wanted = &hosts[16..16 + index(data)];
+            if write || writable == data + 1 {
+                assert_eq!(found, wanted, "seed {seed}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_header_of_single_bytes_works() {
+        let memory = GuestMemory::new(&[(AT, 8192)]);
+        let mut batch = Batch::new();
+        memory.write(AT, &spec::T_IN.to_le_bytes());
+        memory.write(AT + 8, &1u64.to_le_bytes());
+        let header = Buffer { addr: AT, len_bytes: 16, writable: false };
+        let data = Buffer { addr: AT + 4096, len_bytes: 513, writable: true };
+        let chain = chain(&memory, &mut batch, &[header, data]);
+        let request = io(parse(&chain, &mut batch, &disk(true, false), SIZE_BYTES).unwrap());
+        assert_eq!((request.offset_bytes, request.len_bytes), (512, 512));
+        assert_eq!((request.segments_at, request.segments_count), (16, 512));
+    }
+
+    #[test]
+    fn the_size_now_bounds_a_request() {
+        let memory = GuestMemory::new(&[(AT, 8192)]);
+        let header = Buffer { addr: AT, len_bytes: 16, writable: false };
+        let data = Buffer { addr: AT + 4096, len_bytes: 1025, writable: true };
+        memory.write(AT + 8, &2046u64.to_le_bytes());
+        for (size_bytes, status) in [(SIZE_BYTES, None), (SIZE_BYTES - 512, Some(IoStatus::Range))]
+        {
+            let mut batch = Batch::new();
+            let chain = chain(&memory, &mut batch, &[header, data]);
+            match (parse(&chain, &mut batch, &disk(true, false), size_bytes).unwrap(), status) {
+                (Parsed::Io(_), None) => {}
+                (Parsed::Answer(refusal), Some(status)) => assert_eq!(refusal.status, status),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn what_the_disk_does_not_offer_is_unsupported_and_read_only_comes_first() {
+        let memory = GuestMemory::new(&[(AT, 8192)]);
+        let header = Buffer { addr: AT, len_bytes: 16, writable: false };
+        let range = Buffer { addr: AT + 16, len_bytes: 16, writable: false };
+        let status = Buffer { addr: AT + 4096, len_bytes: 1, writable: true };
+        memory.write(AT + 24, &8u32.to_le_bytes());
+        for kind in [spec::T_DISCARD, spec::T_WRITE_ZEROES] {
+            memory.write(AT, &kind.to_le_bytes());
+            for (device, expected) in [
+                (disk(true, false), None),
+                (disk(false, false), Some(IoStatus::Unsupported)),
+                (disk(true, true), Some(IoStatus::ReadOnly)),
+                (disk(false, true), Some(IoStatus::ReadOnly)),
+            ] {
+                let mut batch = Batch::new();
+                let chain = chain(&memory, &mut batch, &[header, range, status]);
+                match (parse(&chain, &mut batch, &device, SIZE_BYTES).unwrap(), expected) {
+                    (Parsed::Io(request), None) => assert_eq!(request.len_bytes, 4096),
+                    (Parsed::Answer(refusal), Some(status)) => assert_eq!(refusal.status, status),
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+    }
+}

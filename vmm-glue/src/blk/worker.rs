@@ -10,49 +10,28 @@
 //!   channel.poll → status byte, used element
 //!   publish used.idx once → at most one interrupt
 
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::Arc;
-
-use arrayvec::ArrayVec;
 use ringmill_core::bdev::{Channel, ChannelSeed};
 use ringmill_core::io::{Completion, IoOp, Slots};
 use ringmill_core::limits::{BATCH_REQUESTS_MAX, PASS_BYTES_MAX, QUEUE_INFLIGHT_MAX};
-use ringmill_core::mem::{MemTable, Segment};
-use ringmill_core::reactor::{ClientId, Done, Poller, ReactorCx};
-use ringmill_core::stats::Stage;
-use ringmill_core::status::IoStatus;
+use ringmill_core::mem::Segment;
+use ringmill_core::reactor::{Done, Poller, ReactorCx};
 use ringmill_core::units::{len_u32, usize_of};
 
 use crate::virtq::{Chain, QueueError, Virtqueue};
 
-use super::coalesce::Coalescer;
-use super::request::{Parsed, Refusal, parse};
-use super::{BlkDevice, QueueState, QueueStatus, WorkerEvent};
+use super::arrivals::Arrivals;
+use super::notifier::Notifier;
+use super::request::{Parsed, parse};
+use super::{QueueState, Tracking, WorkerEvent};
 
-const KICK_TOKEN: u64 = 1;
-const CALL_TOKEN: u64 = 2;
-/// Arrival times remembered for entries that wait on the ring; older ones share a time.
-const ARRIVALS_MAX: usize = 8;
+mod answer;
+mod control;
+mod finished;
+mod parts;
 
-/// What must be noted about requests for a successor or a migration. Nothing, an in-flight log or a dirty log:
-/// monomorphized, so nothing costs nothing.
-pub trait Tracking: Send + 'static {
-    /// A head was taken from the ring.
-    fn taken(&mut self, head: u16);
-    /// A head is about to be visible in the used ring.
-    fn answered(&mut self, head: u16);
-}
+pub use parts::WorkerParts;
 
-/// Notes nothing.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct NoTracking;
-
-impl Tracking for NoTracking {
-    #[inline]
-    fn taken(&mut self, _head: u16) {}
-    #[inline]
-    fn answered(&mut self, _head: u16) {}
-}
+use finished::{Finished, FinishedList};
 
 /// A request in flight, as the guest knows it.
 #[derive(Debug)]
@@ -66,47 +45,6 @@ struct InFlight {
     submitted_ns: u64,
 }
 
-/// A request that was answered in this pass, for the figures.
-#[derive(Debug)]
-struct Finished {
-    op: IoOp,
-    ok: bool,
-    bytes: u64,
-    seen_ns: u64,
-    submitted_ns: u64,
-}
-
-/// Entries that became visible together.
-#[derive(Clone, Copy, Debug)]
-struct Arrival {
-    count: u16,
-    seen_ns: u64,
-}
-
-/// What a worker is made of.
-pub struct WorkerParts<V, T> {
-    /// The ring.
-    pub queue: V,
-    /// What to note about requests.
-    pub tracking: T,
-    /// The guest's memory.
-    pub mem: Arc<MemTable>,
-    /// The disk.
-    pub device: Arc<BlkDevice>,
-    /// The way to the medium; planted by the reactor that takes the worker in.
-    pub channel: Box<dyn Channel>,
-    /// Where the worker shows itself.
-    pub status: Arc<QueueStatus>,
-    /// Guest → us. `None`: the guest never kicks, the queue is always polled.
-    pub kick: Option<Arc<OwnedFd>>,
-    /// Us → guest. `None`: the guest polls.
-    pub call: Option<Arc<OwnedFd>>,
-    /// False: takes no requests until enabled.
-    pub enabled: bool,
-    /// Tells the control thread.
-    pub events: Box<dyn Fn(WorkerEvent) + Send>,
-}
-
 /// One queue's worker.
 pub struct QueueWorker<V, T> {
     parts: WorkerParts<V, T>,
@@ -114,14 +52,10 @@ pub struct QueueWorker<V, T> {
     slots: Slots<InFlight>,
     /// One bit per head: taken and not answered.
     heads: Box<[u64]>,
-    arrivals: ArrayVec<Arrival, ARRIVALS_MAX>,
-    finished: ArrayVec<Finished, BATCH_REQUESTS_MAX>,
+    arrivals: Arrivals,
+    finished: FinishedList,
     mem_hint: usize,
-    client: Option<ClientId>,
-    call_pending: bool,
-    call_owed: bool,
-    interrupt_wanted: bool,
-    coalescer: Coalescer,
+    notifier: Notifier,
     seed: Option<ChannelSeed>,
     waiting: Vec<Done>,
 }
@@ -136,159 +70,19 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
     /// A worker for `parts`, to be moved to a reactor. All memory is allocated here.
     #[must_use]
     #[cold]
-    pub fn new(parts: WorkerParts<V, T>) -> QueueWorker<V, T> {
+    pub fn new(mut parts: WorkerParts<V, T>) -> QueueWorker<V, T> {
         let size = usize::from(parts.queue.size());
         QueueWorker {
             slots: Slots::new(size.min(QUEUE_INFLIGHT_MAX)),
             heads: std::iter::repeat_n(0, size.div_ceil(64)).collect(),
-            arrivals: ArrayVec::new(),
-            finished: ArrayVec::new(),
+            arrivals: Arrivals::default(),
+            finished: FinishedList::default(),
             mem_hint: 0,
-            client: None,
-            call_pending: false,
-            call_owed: false,
-            interrupt_wanted: false,
-            coalescer: Coalescer::default(),
+            notifier: Notifier::new(parts.kick.take(), parts.call.take()),
             seed: None,
             waiting: Vec::with_capacity(4),
             state: QueueState::Running,
             parts,
-        }
-    }
-
-    /// Plants `seed` on the reactor that takes the worker in; until then, and if that fails, `parts.channel` serves.
-    #[must_use]
-    #[cold]
-    pub fn with_seed(mut self, seed: ChannelSeed) -> Self {
-        self.seed = Some(seed);
-        self
-    }
-
-    /// Takes requests, or takes none until told again (SET_VRING_ENABLE). `done` is called when a disabled queue has
-    /// nothing in flight.
-    #[cold]
-    pub fn set_enabled(&mut self, enabled: bool, done: Done) {
-        self.parts.enabled = enabled;
-        if enabled || self.slots.live_count() == 0 { done() } else { self.waiting.push(done) }
-    }
-
-    /// Replaces the guest's memory and the windows onto the rings in it. When regions go, the caller quiesces first.
-    /// Returns the old ones, to be dropped by the control thread.
-    #[cold]
-    pub fn set_memory(
-        &mut self,
-        mem: Arc<MemTable>,
-        windows: V::Windows,
-    ) -> (Arc<MemTable>, V::Windows) {
-        self.mem_hint = 0;
-        (std::mem::replace(&mut self.parts.mem, mem), self.parts.queue.relocate(windows))
-    }
-
-    /// Replaces the call fd and signals it once, in case the old one missed something.
-    #[cold]
-    pub fn set_call(
-        &mut self,
-        cx: &mut ReactorCx,
-        call: Option<Arc<OwnedFd>>,
-    ) -> Option<Arc<OwnedFd>> {
-        if let Some(ring) = &mut cx.io.ring {
-            // A signal that is still in the submission queue names the old descriptor.
-            ring.commit();
-        }
-        let old = std::mem::replace(&mut self.parts.call, call);
-        self.signal_guest(cx);
-        old
-    }
-
-    /// Replaces the kick fd.
-    #[cold]
-    pub fn set_kick(
-        &mut self,
-        cx: &mut ReactorCx,
-        kick: Option<Arc<OwnedFd>>,
-    ) -> Option<Arc<OwnedFd>> {
-        self.watch_kick(cx, false);
-        let old = std::mem::replace(&mut self.parts.kick, kick);
-        self.watch_kick(cx, true);
-        old
-    }
-
-    /// Where the queue would go on (GET_VRING_BASE); final once nothing is in flight.
-    #[must_use]
-    pub fn base(&self) -> u32 {
-        self.parts.queue.base()
-    }
-
-    /// Requests in flight.
-    #[must_use]
-    pub fn inflight_count(&self) -> usize {
-        self.slots.live_count()
-    }
-
-    /// True once (and resets): the guest is to be interrupted. For contexts without a ring, such as the simulator.
-    pub fn take_interrupt(&mut self) -> bool {
-        std::mem::take(&mut self.interrupt_wanted)
-    }
-
-    #[cold]
-    fn watch_kick(&mut self, cx: &mut ReactorCx, on: bool) {
-        if let (Some(ring), Some(client), Some(kick)) =
-            (&mut cx.io.ring, self.client, &self.parts.kick)
-        {
-            if on {
-                ring.watch(client, KICK_TOKEN, kick.as_raw_fd());
-            } else {
-                ring.unwatch(client, KICK_TOKEN);
-            }
-            ring.commit();
-        }
-    }
-
-    #[inline(never)]
-    fn signal_guest(&mut self, cx: &mut ReactorCx) {
-        self.interrupt_wanted = true;
-        if self.call_pending {
-            // The signal under way may have been delivered before our elements were visible.
-            self.call_owed = true;
-            return;
-        }
-        if let (Some(ring), Some(client), Some(call)) =
-            (&mut cx.io.ring, self.client, &self.parts.call)
-        {
-            self.call_pending = ring.signal(client, CALL_TOKEN, call.as_raw_fd());
-            self.call_owed = !self.call_pending;
-            self.parts.status.note_interrupt();
-        }
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn read_events(&mut self, cx: &mut ReactorCx) {
-        let Some(client) = self.client else { return };
-        let mut kicks = 0;
-        let mut rearm = false;
-        let mut call_done = false;
-        if let Some(ring) = &mut cx.io.ring {
-            while let Some(event) = ring.next_event(client) {
-                match event.token {
-                    KICK_TOKEN => {
-                        kicks += 1;
-                        // A watch that the kernel ended on its own (a full completion queue) is set again.
-                        rearm |= !event.more && event.result != -libc::ECANCELED;
-                    }
-                    _ => call_done = true,
-                }
-            }
-        }
-        self.parts.status.note_kicks(kicks);
-        if rearm {
-            self.watch_kick(cx, true);
-        }
-        if call_done {
-            self.call_pending = false;
-            if std::mem::take(&mut self.call_owed) {
-                self.signal_guest(cx);
-            }
         }
     }
 
@@ -312,45 +106,14 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
         self.break_queue(error);
     }
 
-    /// When the next entry was first seen; counts it as taken.
-    #[inline]
-    fn take_arrival(&mut self, now_ns: u64) -> u64 {
-        let Some(first) = self.arrivals.first_mut() else { return now_ns };
-        first.count -= 1;
-        let seen_ns = first.seen_ns;
-        if first.count == 0 {
-            self.arrivals.remove(0);
-        }
-        seen_ns
-    }
-
-    /// Notes how many entries are on the ring.
-    #[inline]
-    fn note_arrivals(&mut self, available: u16, now_ns: u64) {
-        let known: u16 = self.arrivals.iter().map(|a| a.count).sum();
-        let count = available.saturating_sub(known);
-        if count == 0 {
-            return;
-        }
-        if self.arrivals.is_full() {
-            if let Some(last) = self.arrivals.last_mut() {
-                last.count += count;
-            }
-        } else {
-            self.arrivals.push(Arrival { count, seen_ns: now_ns });
-        }
-    }
-
-    /// Entries that went back to the ring keep the time at which they were seen.
+    /// Puts the entry that was taken last back to the ring; it keeps the time at which it was seen.
     #[cold]
     #[inline(never)]
-    fn put_back(&mut self, count: u16, seen_ns: u64) {
-        self.parts.queue.unpop(count);
-        let full = self.arrivals.is_full();
-        match self.arrivals.first_mut() {
-            Some(first) if full || first.seen_ns == seen_ns => first.count += count,
-            _ => self.arrivals.insert(0, Arrival { count, seen_ns }),
-        }
+    fn put_back(&mut self, head: u16, seen_ns: u64) {
+        self.unmark(head);
+        self.parts.tracking.put_back(head);
+        self.parts.queue.unpop(1);
+        self.arrivals.put_back(seen_ns);
     }
 
     /// Takes what there is room for; true when there was anything to take.
@@ -360,7 +123,7 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
             return Ok(false);
         }
         self.parts.queue.suppress_kicks();
-        self.note_arrivals(available, cx.pass_ns);
+        self.arrivals.note(available, cx.pass_ns);
         let room =
             self.parts.channel.room(&cx.io).requests.min(self.slots.room()).min(BATCH_REQUESTS_MAX);
         let size_bytes = self.parts.device.info().size_bytes();
@@ -370,7 +133,7 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
             let popped =
                 self.parts.queue.pop(&self.parts.mem, &mut self.mem_hint, &mut cx.batch)?;
             let Some(chain) = popped else { break };
-            let seen_ns = self.take_arrival(cx.pass_ns);
+            let seen_ns = self.arrivals.take(cx.pass_ns);
             self.mark_taken(chain.head)?;
             match parse(&chain, &mut cx.batch, &self.parts.device, size_bytes)? {
                 Parsed::Io(mut request) => {
@@ -384,8 +147,7 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
                         submitted_ns: cx.pass_ns,
                     };
                     let Ok(tag) = self.slots.insert(slot) else {
-                        self.unmark(chain.head);
-                        self.put_back(1, seen_ns);
+                        self.put_back(chain.head, seen_ns);
                         break;
                     };
                     request.tag = tag;
@@ -396,17 +158,16 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
                     }
                 }
                 answer => {
+                    self.copy_serial(cx, &answer);
                     // Entries are answered in any order but put back only from the end: hand over what came before.
-                    if !self.submit(cx) {
-                        self.unmark(chain.head);
-                        self.put_back(1, seen_ns);
+                    if !self.submit(cx, Some((chain.head, seen_ns))) {
                         return Ok(true);
                     }
                     self.answer(cx, &chain, seen_ns, &answer);
                 }
             }
         }
-        self.submit(cx);
+        self.submit(cx, None);
         Ok(true)
     }
 
@@ -426,9 +187,10 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
         self.heads[usize::from(head) / 64] &= !(1u64 << (head % 64));
     }
 
-    /// Hands the batch to the channel; true when all of it was taken. The rest goes back to the ring.
+    /// Hands the batch to the channel; true when all of it was taken. The rest goes back to the ring, and with it
+    /// `last`: the head and time of an entry that was popped after those of the batch.
     #[inline]
-    fn submit(&mut self, cx: &mut ReactorCx) -> bool {
+    fn submit(&mut self, cx: &mut ReactorCx, last: Option<(u16, u64)>) -> bool {
         if cx.batch.is_empty() {
             return true;
         }
@@ -442,40 +204,16 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
                 slot.submitted_ns = now_ns;
             }
         }
+        if !all && let Some((head, seen_ns)) = last {
+            self.put_back(head, seen_ns);
+        }
         for request in view.requests()[taken..].iter().rev() {
             if let Some(slot) = self.slots.remove(request.tag) {
-                self.unmark(slot.head);
-                self.put_back(1, slot.seen_ns);
+                self.put_back(slot.head, slot.seen_ns);
             }
         }
         cx.batch.clear();
         all
-    }
-
-    /// Answers a request that needs no device.
-    #[cold]
-    #[inline(never)]
-    fn answer(&mut self, cx: &mut ReactorCx, chain: &Chain, seen_ns: u64, answer: &Parsed) {
-        let (op, status, bytes) = match answer {
-            Parsed::GetId { segments_at, segments_count } => {
-                let mut rest: &[u8] = self.parts.device.serial();
-                for segment in cx.batch.segments_from(*segments_at).iter().take(*segments_count) {
-                    rest = &rest[segment.write_from(rest)..];
-                }
-                (None, IoStatus::Ok, 0)
-            }
-            Parsed::Answer(Refusal { op, status }) => (Some(*op), *status, 0),
-            Parsed::Io(_) => return,
-        };
-        chain.status.write_u8(status.to_virtio());
-        self.unmark(chain.head);
-        self.parts.tracking.answered(chain.head);
-        self.parts.queue.put_used(chain.head, written(chain));
-        if let Some(op) = op {
-            let stats = self.parts.status.stats.op(op);
-            stats.count(bytes, status.is_ok());
-            stats.stage(Stage::Total).record(cx.io.clock.now_ns().saturating_sub(seen_ns));
-        }
     }
 
     /// Answers what the channel has finished, one batch per pass; true when there was anything.
@@ -509,41 +247,23 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
             return;
         }
         let completed_ns = if self.finished.is_empty() { 0 } else { cx.io.clock.now_ns() };
-        let ask = self.parts.call.is_some() || cx.io.ring.is_none();
-        if self.parts.queue.publish(ask) && self.coalescer.want(cx.pass_ns) {
-            self.signal_guest(cx);
+        let ask = self.notifier.can_signal(cx);
+        if self.parts.queue.publish(ask) && self.notifier.coalescer.want(cx.pass_ns) {
+            self.notifier.signal(cx, &self.parts.status);
         }
         if self.finished.is_empty() {
             return;
         }
         let published_ns = cx.io.clock.now_ns();
-        let complete_ns = published_ns.saturating_sub(completed_ns);
-        self.coalescer.count(
-            len_u32(self.finished.len()),
-            published_ns,
-            self.parts.device.coalesce(),
-        );
-        for done in self.finished.drain(..) {
-            let stats = self.parts.status.stats.op(done.op);
-            stats.count(done.bytes, done.ok);
-            stats.stage(Stage::Queue).record(done.submitted_ns.saturating_sub(done.seen_ns));
-            stats.stage(Stage::Device).record(completed_ns.saturating_sub(done.submitted_ns));
-            stats.stage(Stage::Complete).record(complete_ns);
-            stats.stage(Stage::Total).record(published_ns.saturating_sub(done.seen_ns));
-        }
+        let count = len_u32(self.finished.len());
+        self.notifier.coalescer.count(count, published_ns, self.parts.device.coalesce());
+        self.finished.record(&self.parts.status.stats, completed_ns, published_ns);
     }
 
     #[inline]
     fn show(&self) {
         let (avail, used) = (self.parts.queue.base(), u32::from(self.parts.queue.used_index()));
         self.parts.status.show(len_u32(self.slots.live_count()), avail, used);
-    }
-
-    /// How long the oldest request has been with the device, nanoseconds; `None` without any.
-    #[must_use]
-    #[cold]
-    pub fn oldest_age_ns(&self, now_ns: u64) -> Option<u64> {
-        self.slots.iter().map(|(_, slot)| now_ns.saturating_sub(slot.submitted_ns)).max()
     }
 
     #[cold]
@@ -571,14 +291,7 @@ fn written(chain: &Chain) -> u32 {
 
 impl<V: Virtqueue, T: Tracking> Poller for QueueWorker<V, T> {
     fn poll(&mut self, cx: &mut ReactorCx) -> bool {
-        if let (Some(ring), Some(client)) = (&cx.io.ring, self.client)
-            && ring.has_events(client)
-        {
-            self.read_events(cx);
-        }
-        if self.coalescer.take_due(cx.pass_ns) {
-            self.signal_guest(cx);
-        }
+        self.notifier.poll(cx, &self.parts.status);
         let mut work = false;
         if self.state == QueueState::Running && self.parts.enabled {
             match self.intake(cx) {
@@ -597,53 +310,43 @@ impl<V: Virtqueue, T: Tracking> Poller for QueueWorker<V, T> {
         work
     }
 
-    fn prepare_sleep(&mut self, _cx: &mut ReactorCx) -> bool {
+    fn prepare_sleep(&mut self, cx: &mut ReactorCx) -> bool {
         if self.parts.queue.memory_gone() && self.state != QueueState::Broken {
             self.break_queue(QueueError::MemoryGone);
         }
         if self.slots.live_count() > 0 && self.parts.channel.must_poll() {
             return true;
         }
-        if self.coalescer.is_due() {
+        if self.notifier.must_poll(cx) {
             return true;
         }
         if self.state != QueueState::Running || !self.parts.enabled {
             return false;
         }
-        self.parts.kick.is_none() || self.parts.queue.request_kick()
+        !self.notifier.hears_kicks() || self.parts.queue.request_kick()
     }
 
     fn attach(&mut self, cx: &mut ReactorCx) {
-        if let Some(ring) = &mut cx.io.ring {
-            self.client = ring.add_client(16).ok();
-        }
         if let Some(seed) = self.seed.take() {
             match seed(&mut cx.io) {
                 Ok(channel) => self.parts.channel = channel,
                 Err(error) => (self.parts.events)(WorkerEvent::NoChannel(error)),
             }
         }
-        self.watch_kick(cx, true);
+        self.notifier.attach(cx);
         self.set_state(QueueState::Running);
         // A predecessor that died may have left kicks suppressed or an interrupt unsent: say what holds now, and send
         // one interrupt to be sure. Entries that are there already are found by the first poll.
         self.parts.queue.request_kick();
-        self.signal_guest(cx);
+        self.notifier.signal(cx, &self.parts.status);
         self.show();
     }
 
     fn detach(&mut self, cx: &mut ReactorCx) {
-        if self.coalescer.is_due() {
-            self.signal_guest(cx);
-        }
-        self.watch_kick(cx, false);
         if self.parts.channel.inflight() == 0 {
             self.parts.channel.close(&mut cx.io);
         }
-        if let (Some(ring), Some(client)) = (&mut cx.io.ring, self.client.take()) {
-            ring.commit();
-            ring.remove_client(client);
-        }
+        self.notifier.detach(cx, &self.parts.status);
         self.show();
         self.parts.status.set_state(QueueState::Stopped);
     }

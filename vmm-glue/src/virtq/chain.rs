@@ -55,7 +55,8 @@ pub(super) struct ChainWalk<'a> {
     readable_count: usize,
     readable_bytes: u64,
     writable_bytes: u64,
-    last_writable_addr: u64,
+    /// `None`: there is none, or the buffer's end wraps.
+    last_writable_addr: Option<u64>,
     fault: Option<ChainFault>,
     descriptors_count: usize,
 }
@@ -76,7 +77,7 @@ impl<'a> ChainWalk<'a> {
             readable_count: 0,
             readable_bytes: 0,
             writable_bytes: 0,
-            last_writable_addr: 0,
+            last_writable_addr: None,
             fault: None,
             descriptors_count: 0,
         }
@@ -102,7 +103,7 @@ impl<'a> ChainWalk<'a> {
         }
         if flags & DESC_F_WRITE != 0 {
             self.writable_bytes += u64::from(len_bytes);
-            self.last_writable_addr = addr.wrapping_add(u64::from(len_bytes) - 1);
+            self.last_writable_addr = addr.checked_add(u64::from(len_bytes) - 1);
         } else {
             if self.writable_bytes != 0 {
                 return Err(QueueError::Order);
@@ -158,10 +159,7 @@ impl<'a> ChainWalk<'a> {
             batch.truncate_segments(start);
             return Ok(None);
         }
-        if self.writable_bytes == 0 {
-            return Err(QueueError::NoStatus { addr: 0 });
-        }
-        let addr = self.last_writable_addr;
+        let addr = self.last_writable_addr.ok_or(QueueError::NoStatus { addr: 0 })?;
         let status =
             mem.translate(GuestAddr(addr), 1, hint).ok_or(QueueError::NoStatus { addr })?;
         Ok(Some(Chain {

@@ -69,7 +69,7 @@ pub enum QueueError {
         "a request has no writable byte for its status, or its address {addr:#x} is not guest memory"
     )]
     NoStatus {
-        /// Where the status byte would be; 0 when the chain has no writable part.
+        /// Where the status byte would be; 0 when the chain has no writable part or its end wraps.
         addr: u64,
     },
     /// The memory behind the rings is gone.

@@ -1,0 +1,84 @@
+//! What control threads do to a worker, by message: enable it, give it other memory or descriptors, look at it.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use ringmill_core::bdev::ChannelSeed;
+use ringmill_core::mem::MemTable;
+use ringmill_core::reactor::{Done, ReactorCx};
+
+use super::{QueueWorker, Tracking, Virtqueue};
+
+impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
+    /// Plants `seed` on the reactor that takes the worker in; until then, and if that fails, `parts.channel` serves.
+    #[must_use]
+    #[cold]
+    pub fn with_seed(mut self, seed: ChannelSeed) -> Self {
+        self.seed = Some(seed);
+        self
+    }
+
+    /// Takes requests, or takes none until told again (SET_VRING_ENABLE). `done` is called when a disabled queue has
+    /// nothing in flight.
+    #[cold]
+    pub fn set_enabled(&mut self, enabled: bool, done: Done) {
+        self.parts.enabled = enabled;
+        if enabled || self.slots.live_count() == 0 { done() } else { self.waiting.push(done) }
+    }
+
+    /// Replaces the guest's memory and the windows onto the rings in it. When regions go, the caller quiesces first.
+    /// Returns the old ones, to be dropped by the control thread.
+    #[cold]
+    pub fn set_memory(
+        &mut self,
+        mem: Arc<MemTable>,
+        windows: V::Windows,
+    ) -> (Arc<MemTable>, V::Windows) {
+        self.mem_hint = 0;
+        (std::mem::replace(&mut self.parts.mem, mem), self.parts.queue.relocate(windows))
+    }
+
+    /// Replaces the call fd and signals it once, in case the old one missed something.
+    #[cold]
+    pub fn set_call(
+        &mut self,
+        cx: &mut ReactorCx,
+        call: Option<Arc<OwnedFd>>,
+    ) -> Option<Arc<OwnedFd>> {
+        self.notifier.set_call(cx, call, &self.parts.status)
+    }
+
+    /// Replaces the kick fd.
+    #[cold]
+    pub fn set_kick(
+        &mut self,
+        cx: &mut ReactorCx,
+        kick: Option<Arc<OwnedFd>>,
+    ) -> Option<Arc<OwnedFd>> {
+        self.notifier.set_kick(cx, kick)
+    }
+
+    /// Where the queue would go on (GET_VRING_BASE); final once nothing is in flight.
+    #[must_use]
+    pub fn base(&self) -> u32 {
+        self.parts.queue.base()
+    }
+
+    /// Requests in flight.
+    #[must_use]
+    pub fn inflight_count(&self) -> usize {
+        self.slots.live_count()
+    }
+
+    /// True once (and resets): the guest is to be interrupted. For contexts without a ring, such as the simulator.
+    pub fn take_interrupt(&mut self) -> bool {
+        self.notifier.take_wanted()
+    }
+
+    /// How long the oldest request has been with the device, nanoseconds; `None` without any.
+    #[must_use]
+    #[cold]
+    pub fn oldest_age_ns(&self, now_ns: u64) -> Option<u64> {
+        self.slots.iter().map(|(_, slot)| now_ns.saturating_sub(slot.submitted_ns)).max()
+    }
+}
