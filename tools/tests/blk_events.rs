@@ -319,7 +319,7 @@ fn the_writes_that_a_killed_client_saw_completed_are_there_for_the_next_one() {
                 client.completions(0, &mut done);
                 assert!(Instant::now() < end, "{name}: no answer to a read of sector {lba}");
             }
-            assert_eq!(done.drain(..).collect::<Vec<_>>(), [(0, 0)], "{name}: sector {lba}");
+            assert_eq!(std::mem::take(&mut done), [(0, 0)], "{name}: sector {lba}");
             let first = client.read_slot(0, 512).next().expect("a word");
             assert!(
                 allowed.contains(&first) && client.read_slot(0, 512).all(|word| word == first),

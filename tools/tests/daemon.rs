@@ -471,7 +471,6 @@ fn a_configuration_in_toml_saved_as_json_loads_as_the_same() {
         Daemon::in_dir(dir, Path::new(RINGMILLD), &[], args)
     };
     let first = start(first_dir, &toml);
-    assert!(wait_for(WAIT_MAX, || first.socket("vm9").exists()));
     let config = saved(&mut first.rpc());
     let bdevs = first.call("bdev_get_bdevs", &json!({}));
     assert_eq!(bdevs.as_array().expect("a list").len(), 4);
@@ -492,6 +491,28 @@ fn a_configuration_in_toml_saved_as_json_loads_as_the_same() {
     assert!(!read_only.succeeds(Op::Write, 0, 8));
     drop(read_only);
     second.stop();
+}
+
+#[test]
+fn the_first_answer_comes_after_the_whole_configuration() {
+    const COUNT: usize = 60;
+    let dir = TempDir::new().expect("a temporary directory");
+    let mut text = String::new();
+    for index in 0..COUNT {
+        let image = dir.path().join(format!("{index}.img"));
+        set_len(&image, MIB);
+        text += &format!("[[disk]]\nname = \"disk{index}\"\npath = {image:?}\n");
+    }
+    let config = dir.path().join("disks.toml");
+    fs::write(&config, text).expect("the directory is ours");
+    let config = config.to_str().expect("UTF-8").to_owned();
+    // Connects as soon as the socket is there.
+    let daemon = Daemon::in_dir(dir, Path::new(RINGMILLD), &[], ["-m", "1", "-c", &config]);
+    let mut rpc = daemon.rpc();
+    assert_eq!(rpc.call("framework_wait_init", &json!({})), json!(true));
+    let bdevs = rpc.call("bdev_get_bdevs", &json!({}));
+    assert_eq!(bdevs.as_array().map(Vec::len), Some(COUNT));
+    daemon.stop();
 }
 
 #[test]

@@ -191,7 +191,9 @@ impl Daemon {
             self.next_ages = now + AGES_EVERY;
             self.engine.controllers_mut().iter_mut().for_each(|c| c.check_ages());
         }
-        self.server.turn(now, &mut self.dispatcher.bind(&mut self.engine));
+        if self.run.is_none() {
+            self.server.turn(now, &mut self.dispatcher.bind(&mut self.engine));
+        }
         self.engine.settle(now);
         for (token, result) in self.engine.finished() {
             let answer = self.dispatcher.finished(token, result);
@@ -212,7 +214,8 @@ impl Daemon {
     fn wait(&mut self, timeout: Duration) -> anyhow::Result<Vec<(Ready, PollFlags)>> {
         let mut owners: Vec<Ready> = Vec::new();
         let mut fds: Vec<PollFd<'_>> = Vec::new();
-        for (key, fd, flags) in self.server.fds() {
+        // Clients that connect early wait in the listener's queue: who gets an answer sees the whole configuration.
+        for (key, fd, flags) in self.server.fds().filter(|_| self.run.is_none()) {
             owners.push(Ready::Rpc(key));
             fds.push(PollFd::from_borrowed_fd(fd, flags));
         }

@@ -546,10 +546,25 @@ impl Controller {
         }
     }
 
-    /// Looks for requests that a device does not give back; call about once a second.
+    /// Looks for requests that a device does not give back, and for front-ends that took their memory away; call
+    /// about once a second.
     pub fn check_ages(&mut self) {
-        for connected in self.sessions.values() {
+        let mut cut = Vec::new();
+        for (&vid, connected) in &self.sessions {
             connected.front.ask_ages();
+            if connected.session.is_some() && connected.front.has_lost_memory() {
+                cut.push(vid);
+            }
+        }
+        for &vid in &cut {
+            tracing::warn!(
+                controller = %self.spec.name, session = vid,
+                "front-end sent away: it cut the file of memory that it shares, so its requests are void"
+            );
+            self.end_session(vid);
+        }
+        if !cut.is_empty() {
+            self.settle();
         }
     }
 

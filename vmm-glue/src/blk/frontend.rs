@@ -260,6 +260,11 @@ impl FrontEnd {
         self.bdev.is_none()
     }
 
+    /// True once a file behind the guest's memory has been truncated: zero pages took its place.
+    pub(super) fn has_lost_memory(&self) -> bool {
+        self.mem.failed()
+    }
+
     /// Moves on as far as possible without waiting.
     pub(super) fn advance(&mut self) -> Turn {
         loop {
