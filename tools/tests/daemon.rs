@@ -556,6 +556,56 @@ fn the_first_answer_comes_after_the_whole_configuration() {
 }
 
 #[test]
+fn disks_and_clients_that_are_gone_leave_nothing_open() {
+    let daemon = Daemon::with(["-m", "3"]);
+    let image = daemon.dir().join("disk.img");
+    set_len(&image, MIB);
+    let open = || fs::read_dir(format!("/proc/{}/fd", daemon.pid())).expect("it runs").count();
+    // Guest memory and images; the allocator's own mappings may come and go.
+    let shared = || {
+        let maps = fs::read_to_string(format!("/proc/{}/maps", daemon.pid())).expect("it runs");
+        maps.lines().filter(|line| line.contains("memfd:")).count()
+    };
+    let mut before = None;
+    for round in 0..25 {
+        for (name, delete) in [("file", "bdev_uring_delete"), ("ram", "bdev_malloc_delete")] {
+            let socket = match name {
+                "file" => daemon.add_uring(name, &image, &json!({})),
+                _ => daemon.add_malloc(name, MIB, 512),
+            };
+            let mut exercise = Exercise::new(connect(&socket, 3, 8, SLOT_BYTES), 8, round);
+            let sectors = exercise.sectors_count();
+            exercise.one(Op::WriteZeroes(false), 0, sectors);
+            exercise.tolerates_errors = true;
+            exercise.random_rounds(50, 1024, 64);
+            match round % 3 {
+                0 => drop(exercise),
+                1 => {
+                    daemon.call("vhost_delete_controller", &json!({"ctrlr": name}));
+                }
+                _ => {
+                    daemon.call(delete, &json!({"name": name}));
+                    exercise.random_rounds(50, 1024, 64);
+                    daemon.call("vhost_delete_controller", &json!({"ctrlr": name}));
+                    continue;
+                }
+            }
+            let _ = daemon.rpc().try_call("vhost_delete_controller", &json!({"ctrlr": name}));
+            daemon.call(delete, &json!({"name": name}));
+        }
+        let now = (open(), shared());
+        // The first rounds make what is kept: histograms, rings.
+        if round == 2 {
+            before = Some(now);
+        }
+    }
+    let before = before.expect("25 rounds");
+    let is_clean = wait_for(Duration::from_secs(5), || open() <= before.0 && shared() <= before.1);
+    assert!(is_clean, "descriptors and memory files: {before:?} then {:?}", (open(), shared()));
+    daemon.stop();
+}
+
+#[test]
 fn two_hundred_disks_are_served_by_one_daemon() {
     const COUNT: usize = 200;
     let dir = TempDir::new().expect("a temporary directory");
