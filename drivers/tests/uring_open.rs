@@ -93,7 +93,7 @@ fn a_second_opener_is_named_the_lock_and_gets_it_when_the_first_is_gone() {
     let dir = disk_dir();
     let path = image(&dir, 1 << 20);
     let first = open(&options(&path, CacheMode::None));
-    refused(&path, &["locked by another program", "read_only = true"]);
+    refused(&path, &["locked by another program", "readonly = true"]);
     assert!(refusal(&options(&path, CacheMode::None)).may_pass());
     let reader = UringOptions { read_only: true, ..options(&path, CacheMode::WriteBack) };
     assert!(refusal(&reader).may_pass(), "a writer keeps readers out");
@@ -161,7 +161,7 @@ fn permissions_are_explained() {
             libc::syscall(libc::SYS_setfsuid, 65534);
         }
         fs::metadata(&path).unwrap();
-        refused(&path, &["no permission", "reading and writing", "read_only = true"]);
+        refused(&path, &["no permission", "reading and writing", "readonly = true"]);
         let options = UringOptions { read_only: true, ..options(&path, CacheMode::None) };
         drop(UringBdev::open("vm1", &options).expect("reading is allowed"));
         path
@@ -200,7 +200,7 @@ fn a_read_only_filesystem_is_named() {
     File::create(&path).unwrap().set_len(1 << 20).unwrap();
     mount.remount_read_only();
     let text = refusal(&options(&path, CacheMode::WriteBack)).to_string();
-    assert!(text.contains("read-only filesystem") && text.contains("read_only = true"), "{text}");
+    assert!(text.contains("read-only filesystem") && text.contains("readonly = true"), "{text}");
     let options = UringOptions { read_only: true, ..options(&path, CacheMode::WriteBack) };
     drop(open(&options));
 }

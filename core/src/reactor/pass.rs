@@ -19,11 +19,14 @@ use crate::limits::MAILBOX_MESSAGES_PER_PASS;
 use super::clock::ticks_now;
 use super::handle::Shared;
 use super::{
-    ClientId, IdlePolicy, Poller, PollerCounters, PollerId, ReactorCx, ReactorHandle, RingError,
+    ClientId, IdlePolicy, Poller, PollerCounters, PollerId, ReactorCx, ReactorHandle, Ring,
+    RingError,
 };
 
 /// The longest sleep: a safety net, not a mechanism.
 const SLEEP_MAX: Duration = Duration::from_secs(1);
+/// How often rare checks are made.
+const LOOK_EVERY_NS: u64 = 1_000_000_000;
 const WAKE_TOKEN: u64 = 1;
 
 struct Entry {
@@ -48,6 +51,7 @@ pub struct Reactor {
     wake_client: ClientId,
     last_work_ns: u64,
     last_ticks: u64,
+    next_look_ns: u64,
 }
 
 impl std::fmt::Debug for Reactor {
@@ -81,6 +85,7 @@ impl Reactor {
             wake_client,
             last_work_ns,
             last_ticks: ticks_now(),
+            next_look_ns: 0,
         })
     }
 
@@ -88,6 +93,9 @@ impl Reactor {
         while !self.shared.stop.load(Ordering::Relaxed) {
             let work = self.pass();
             self.account(work);
+            if self.cx.pass_ns >= self.next_look_ns {
+                self.look_after();
+            }
             if work {
                 self.last_work_ns = self.cx.pass_ns;
             } else if let IdlePolicy::Adaptive { spin_ns } = self.shared.idle()
@@ -201,11 +209,21 @@ impl Reactor {
                 ring.wait(timeout.min(SLEEP_MAX));
                 bump(&self.shared.stats.sleeps_count, 1);
             }
-            if let Some(error) = ring.take_error() {
-                tracing::error!("the reactor's io_uring reports: {error}");
-            }
         }
         self.shared.sleep.clear();
+    }
+
+    /// The checks that are made about once a second.
+    #[cold]
+    #[inline(never)]
+    fn look_after(&mut self) {
+        self.next_look_ns = self.cx.pass_ns + LOOK_EVERY_NS;
+        for entry in &mut self.pollers {
+            entry.poller.look_after(&mut self.cx);
+        }
+        if let Some(error) = self.cx.io.ring.as_mut().and_then(Ring::take_error) {
+            tracing::error!("the reactor's io_uring reports: {error}");
+        }
     }
 
     #[cold]

@@ -43,6 +43,9 @@ pub trait Poller: Any + Send {
     /// again. True when work is there (or cannot be notified of): the reactor stays awake.
     fn prepare_sleep(&mut self, cx: &mut ReactorCx) -> bool;
 
+    /// Called about once a second whatever the load: for checks that are too rare for `poll`.
+    fn look_after(&mut self, _cx: &mut ReactorCx) {}
+
     /// Called once when the reactor takes the poller in (it may arm kicks) …
     fn attach(&mut self, _cx: &mut ReactorCx) {}
 

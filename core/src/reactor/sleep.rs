@@ -33,7 +33,6 @@ impl SleepFlag {
     }
 
     /// What the flag says now, for status output.
-    #[cfg(not(loom))]
     pub(super) fn is_set(&self) -> bool {
         self.sleeping.load(Ordering::Relaxed)
     }

@@ -73,10 +73,9 @@ pub struct ServeArgs {
     /// Microseconds that an adaptive reactor polls on before it sleeps. Default: 200.
     #[arg(long, value_name = "US")]
     pub spin_us: Option<u32>,
-    /// What the log contains.
-    #[arg(long, value_name = "LEVEL", default_value = "notice",
-          value_parser = ["error", "warning", "notice", "info", "debug"])]
-    pub log_level: String,
+    /// What the log contains. Default: notice.
+    #[arg(long, value_name = "LEVEL", value_parser = ["error", "warning", "notice", "info", "debug"])]
+    pub log_level: Option<String>,
 }
 
 /// What a reactor without work does.

@@ -392,12 +392,20 @@ impl Daemon {
 /// # Errors
 /// Whatever keeps it from starting, as one sentence.
 pub fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
-    let log = Log::start(LogLevel::from_name(&args.log_level).unwrap_or(LogLevel::Notice));
+    let level = args.log_level.as_deref().and_then(LogLevel::from_name);
+    let log = Log::start(level.unwrap_or(LogLevel::Notice));
     let file = match &args.config {
         Some(path) => config::load(path)?,
         None => config::Config::default(),
     };
-    let daemon = Daemon::start(settings(args, &file.daemon)?, file.calls, log)?;
+    // What the command line says wins; in a configuration these two are calls.
+    let overruled = |call: &config::ConfigCall| match call.method.as_str() {
+        "reactor_set_idle" => args.idle.is_some() || args.spin_us.is_some(),
+        "log_set_level" | "log_set_print_level" => level.is_some(),
+        _ => false,
+    };
+    let calls = file.calls.into_iter().filter(|call| !overruled(call)).collect();
+    let daemon = Daemon::start(settings(args, &file.daemon)?, calls, log)?;
     // Only systemd listens, and only when it asked to be told.
     let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
     let stuck = daemon.serve()?;

@@ -71,6 +71,7 @@ pub(super) fn bdev_info(disk: &Disk, is_claimed: bool) -> BdevInfo {
             reset: false,
         },
         image: disk.image.clone(),
+        facts: disk.bdev.driver_facts(),
     }
 }
 

@@ -272,6 +272,8 @@ pub struct BdevInfo {
     pub io_types: IoTypes,
     /// The image, if there is one.
     pub image: Option<ImageInfo>,
+    /// What else the driver says of itself: names and values.
+    pub facts: Vec<(&'static str, String)>,
 }
 
 /// Counters of one operation of one bdev.

@@ -41,7 +41,7 @@ pub(super) fn bdev(info: &BdevInfo) -> Value {
     for name in NEVER {
         io_types.insert(name.to_owned(), false.into());
     }
-    let driver_specific = match &info.image {
+    let mut driver_specific = match &info.image {
         None => json!({}),
         Some(image) => json!({ "uring": {
             "filename": image.path.to_string_lossy(),
@@ -51,6 +51,10 @@ pub(super) fn bdev(info: &BdevInfo) -> Value {
             "align_bytes": image.align_bytes,
         }}),
     };
+    if let Some(fields) = driver_specific.as_object_mut().filter(|_| !info.facts.is_empty()) {
+        let facts = info.facts.iter().map(|(name, value)| ((*name).to_owned(), fact(value)));
+        fields.insert("facts".to_owned(), facts.collect());
+    }
     json!({
         "name": info.name,
         "aliases": [info.uuid.to_string()],
@@ -69,6 +73,11 @@ pub(super) fn bdev(info: &BdevInfo) -> Value {
         "supported_io_types": io_types,
         "driver_specific": driver_specific,
     })
+}
+
+/// Numbers as numbers.
+fn fact(value: &str) -> Value {
+    value.parse::<u64>().map_or_else(|_| value.into(), Value::from)
 }
 
 pub(super) fn controller(info: &ControllerInfo) -> Value {

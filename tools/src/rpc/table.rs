@@ -14,7 +14,7 @@ const U32: u64 = 0xffff_ffff;
 /// Longest wait for a bdev: a day in ms.
 const WAIT_MS_MAX: u64 = 86_400_000;
 /// Most queues a front-end can use per disk.
-const QUEUES_MAX: u64 = 256;
+const QUEUES_MAX: u64 = ringmill_core::limits::CONTROLLER_QUEUES_MAX as u64;
 
 const NAME: Param = Param::must("name", Kind::Text, "name of the bdev");
 const CTRLR: Param = Param::must("ctrlr", Kind::Text, "name of the controller");
@@ -304,7 +304,12 @@ pub const METHODS: &[Method] = &[
                 "cores that may serve it, as 0x3 or [0,1]"
             ),
             Param::may("readonly", Kind::Flag, "false", "the guest may not write"),
-            Param::may("packed_ring", Kind::Flag, "true", "offer packed rings (always offered)"),
+            Param::may(
+                "packed_ring",
+                Kind::Flag,
+                "false",
+                "true is refused: this version has split rings only"
+            ),
             Param::may("transport", Kind::Text, "vhost_user_blk", "the only one there is"),
             Param::may(
                 "serial",

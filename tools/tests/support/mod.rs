@@ -120,6 +120,7 @@ impl Engine for FakeEngine {
             is_claimed: false,
             io_types,
             image,
+            facts: Vec::new(),
         });
         progress
     }

@@ -57,7 +57,7 @@ pub fn encode_config(device: &BlkDevice, queues_count: u16) -> [u8; CONFIG_BYTES
         alignment_offset: 0,
         min_io_size: u16::try_from(blocks_of(physical)).unwrap_or(1),
         opt_io_size: blocks_of(geometry.optimal_io_bytes),
-        writeback: u8::from(device.write_back()),
+        writeback: u8::from(device.config_writeback()),
         num_queues: queues_count,
         max_discard_sectors: supports(IoOp::Discard, range_sectors),
         max_discard_seg: supports(IoOp::Discard, 1),
@@ -139,7 +139,7 @@ mod tests {
         assert_eq!(field(offset_of!(Layout, max_write_zeroes_sectors), 4), 2 << 20);
         assert_eq!(field(offset_of!(Layout, max_write_zeroes_seg), 4), 1);
         assert_eq!(field(offset_of!(Layout, write_zeroes_may_unmap), 1), 1);
-        device.set_write_back(false);
+        device.set_config_writeback(false);
         assert_eq!(encode_config(&device, 5)[offset_of!(Layout, wce)], 0);
         device.info().set_blocks(2000);
         assert_eq!(number(&encode_config(&device, 5), 0, 8), 16_000);

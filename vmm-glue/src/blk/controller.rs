@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,6 +27,8 @@ use super::{BlkDevice, QueueStatus, WorkerEvent};
 
 /// Connections to one socket: the running one, a migration's destination, a few that are about to hang up.
 const SESSIONS_MAX: usize = 8;
+/// Bytes of a Unix socket's path, without its final zero.
+const SOCKET_PATH_MAX: usize = 107;
 /// A request that a device has not answered for this long is reported.
 const STUCK_NS: u64 = 30_000_000_000;
 
@@ -192,33 +194,58 @@ impl std::fmt::Debug for Controller {
     }
 }
 
-/// Binds the socket; a dead one in its place is replaced, a live one is not.
+/// Binds the socket under another name, gives it its owner and mode, then moves it into place: nobody can connect before
+/// the permissions are right, and a dead socket is replaced in one step. A live one is left alone.
 fn listen(spec: &ControllerSpec) -> Result<UnixListener, ControllerError> {
-    use std::os::unix::fs::FileTypeExt;
-
     let path = spec.socket.as_path();
     let error = |source| ControllerError::Socket { path: path.to_owned(), source };
     let len = path.as_os_str().len();
-    if len > 107 {
+    if len > SOCKET_PATH_MAX {
         return Err(ControllerError::PathTooLong { path: path.to_owned(), len });
     }
     if let Ok(meta) = std::fs::symlink_metadata(path) {
         if !meta.file_type().is_socket() {
             return Err(ControllerError::NotASocket { path: path.to_owned() });
         }
-        if std::os::unix::net::UnixStream::connect(path).is_ok() {
+        if !is_dead(path).map_err(error)? {
             return Err(ControllerError::InUse { path: path.to_owned() });
         }
-        std::fs::remove_file(path).map_err(error)?;
     }
-    let listener = UnixListener::bind(path).map_err(error)?;
-    listener.set_nonblocking(true).map_err(error)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(spec.socket_mode))
-        .map_err(error)?;
-    if let Some(group) = spec.socket_group {
-        std::os::unix::fs::chown(path, None, Some(group)).map_err(error)?;
+    // A name that no controller can have, and never longer than the real one.
+    let unborn = path.with_file_name(format!(".{}", std::process::id()));
+    let _ = std::fs::remove_file(&unborn);
+    let listener = UnixListener::bind(&unborn).map_err(error)?;
+    let ready = || {
+        listener.set_nonblocking(true)?;
+        std::fs::set_permissions(&unborn, std::fs::Permissions::from_mode(spec.socket_mode))?;
+        if let Some(group) = spec.socket_group {
+            std::os::unix::fs::chown(&unborn, None, Some(group))?;
+        }
+        std::fs::rename(&unborn, path)
+    };
+    match ready() {
+        Ok(()) => Ok(listener),
+        Err(source) => {
+            let _ = std::fs::remove_file(&unborn);
+            Err(error(source))
+        }
     }
-    Ok(listener)
+}
+
+/// True when nobody listens on a socket any more. Never blocks, however full the other side's queue is.
+fn is_dead(path: &Path) -> io::Result<bool> {
+    use rustix::io::Errno;
+    use rustix::net::{
+        AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with,
+    };
+
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    match connect(&socket, &SocketAddrUnix::new(path)?) {
+        Err(Errno::CONNREFUSED) => Ok(true),
+        Ok(()) | Err(Errno::AGAIN) => Ok(false),
+        Err(other) => Err(other.into()),
+    }
 }
 
 impl Controller {
@@ -484,6 +511,7 @@ impl Controller {
                     controller = %self.spec.name, session = vid, queue = index, "every request will fail: {error}"
                 );
             }
+            EventKind::Leftover(leftover) => drop(leftover),
             EventKind::Age { vid, index, age_ns } => self.on_age(vid, index, age_ns),
             EventKind::Bdev(BdevEvent::Resized { blocks_count }) => {
                 tracing::info!(controller = %self.spec.name, blocks_count, "resized");

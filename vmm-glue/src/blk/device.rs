@@ -26,6 +26,8 @@ pub struct BlkDevice {
     /// False: every write is stable before it completes (design of virtio 1.2 §5.2.5: no FLUSH and no CONFIG_WCE
     /// negotiated, or writeback = 0).
     write_back: AtomicBool,
+    /// The `writeback` field of the configuration space: what guests are told, and the last of them chose.
+    config_writeback: AtomicBool,
     coalesce: CoalesceSettings,
 }
 
@@ -50,6 +52,7 @@ impl BlkDevice {
             write_zeroes: geometry.write_zeroes,
             serial: bytes,
             write_back: AtomicBool::new(geometry.write_cache),
+            config_writeback: AtomicBool::new(geometry.write_cache),
             coalesce: CoalesceSettings::default(),
             info: Arc::clone(bdev.info()),
         }
@@ -96,6 +99,21 @@ impl BlkDevice {
     #[must_use]
     pub const fn range_sectors_max(&self) -> u32 {
         2 << 20
+    }
+
+    /// The `writeback` field of the configuration space.
+    #[must_use]
+    pub fn config_writeback(&self) -> bool {
+        self.config_writeback.load(Ordering::Relaxed)
+    }
+
+    /// A guest sets the field (or a reset sets it back to true). A device without a volatile cache keeps it at 0.
+    ///
+    /// The field outlives connections: a VMM that reconnects does not repeat what its guest chose, and that guest relies on
+    /// it. What a driver negotiates never changes it: the next guest would be told of a choice that nobody made.
+    pub fn set_config_writeback(&self, writeback: bool) {
+        self.config_writeback
+            .store(writeback && self.info.geometry().write_cache, Ordering::Relaxed);
     }
 
     /// Whether writes may stay in a volatile cache until a flush.

@@ -41,6 +41,8 @@ pub(super) enum EventKind {
         /// What.
         event: WorkerEvent,
     },
+    /// Only to be dropped here.
+    Leftover(Leftover),
     /// How long the oldest request of a ring has been with the device.
     Age {
         /// The session.

@@ -160,7 +160,7 @@ impl FrontEnd {
     /// Lets this front-end's rings run; those that wait start now.
     pub(super) fn activate(&mut self) {
         self.active = true;
-        self.shared.device.set_write_back(self.write_back());
+        self.apply_cache_mode();
         for index in 0..self.shared.queues_max {
             self.launch(index);
         }
@@ -170,11 +170,14 @@ impl FrontEnd {
         self.active = false;
     }
 
-    /// The cache mode of virtio 1.2 §5.2.5: without FLUSH and CONFIG_WCE a driver cannot ask for durability, so every
-    /// write is durable. A device without a volatile cache has nothing to write back.
-    fn write_back(&self) -> bool {
-        self.shared.device.info().geometry().write_cache
-            && self.features & (spec::F_FLUSH | spec::F_CONFIG_WCE) != 0
+    /// The cache mode of virtio 1.2 §5.2.5 and §5.2.6.2: write-back only for a driver that was told so (`writeback`) and
+    /// that can ask for durability (FLUSH or CONFIG_WCE).
+    fn apply_cache_mode(&self) {
+        if self.active {
+            let can_flush = self.features & (spec::F_FLUSH | spec::F_CONFIG_WCE) != 0;
+            let device = &self.shared.device;
+            device.set_write_back(device.config_writeback() && can_flush);
+        }
     }
 
     fn windows(&self, size: u16, at: RingAddresses) -> Option<SplitRings> {
@@ -436,6 +439,7 @@ impl FrontEnd {
                 Turn::Complete(Completion::Stopped { base })
             }
             Kind::Reset => {
+                self.forget_driver();
                 self.rings.iter_mut().for_each(|ring| *ring = None);
                 Turn::Complete(Completion::Done)
             }
@@ -467,6 +471,16 @@ impl FrontEnd {
         });
         if reactor.send(message).is_err() {
             tracing::error!(controller = %self.shared.name, "queue {index}: its reactor does not answer");
+        }
+    }
+
+    /// Sends what a reactor has no more use for back to the control thread: closing is a system call.
+    fn discard(&self) -> impl Fn(Option<SharedFd>) + Send + use<> {
+        let (controller, events) = (self.shared.number, self.shared.events.clone());
+        move |fd| {
+            if let Some(fd) = fd {
+                events.send(controller, EventKind::Leftover(Box::new(fd)));
+            }
         }
     }
 
@@ -520,9 +534,7 @@ impl Backend for FrontEnd {
 
     fn set_features(&mut self, acked: u64) -> Result<Progress, Refusal> {
         self.features = acked;
-        if self.active {
-            self.shared.device.set_write_back(self.write_back());
-        }
+        self.apply_cache_mode();
         Ok(Progress::Done)
     }
 
@@ -543,12 +555,9 @@ impl Backend for FrontEnd {
                 offset as usize + data.len()
             )
             .into()),
-            Some(0) => {
-                self.shared.device.set_write_back(false);
-                Ok(())
-            }
-            Some(1) => {
-                self.shared.device.set_write_back(self.shared.device.info().geometry().write_cache);
+            Some(&value @ (0 | 1)) => {
+                self.shared.device.set_config_writeback(value == 1);
+                self.apply_cache_mode();
                 Ok(())
             }
             Some(value) => Err(format!("writeback = {value}; it is 0 or 1").into()),
@@ -611,7 +620,8 @@ impl Backend for FrontEnd {
         if let Some(ring) = &mut self.rings[usize::from(index)] {
             ring.start.kick.clone_from(&kick);
         }
-        self.on_worker(index, move |worker, cx| drop(worker.set_kick(cx, kick)));
+        let discard = self.discard();
+        self.on_worker(index, move |worker, cx| discard(worker.set_kick(cx, kick)));
         Ok(())
     }
 
@@ -619,7 +629,8 @@ impl Backend for FrontEnd {
         if let Some(ring) = &mut self.rings[usize::from(index)] {
             ring.start.call.clone_from(&call);
         }
-        self.on_worker(index, move |worker, cx| drop(worker.set_call(cx, call)));
+        let discard = self.discard();
+        self.on_worker(index, move |worker, cx| discard(worker.set_call(cx, call)));
         Ok(())
     }
 
@@ -651,6 +662,7 @@ impl Backend for FrontEnd {
 
     fn reset_device(&mut self) -> Result<Progress, Refusal> {
         if !self.is_busy() {
+            self.forget_driver();
             self.rings.iter_mut().for_each(|ring| *ring = None);
             return Ok(Progress::Done);
         }
@@ -660,6 +672,12 @@ impl Backend for FrontEnd {
 }
 
 impl FrontEnd {
+    /// A device reset undoes what the driver wrote to the configuration space.
+    fn forget_driver(&self) {
+        self.shared.device.set_config_writeback(true);
+        self.apply_cache_mode();
+    }
+
     /// Signals the ring's error descriptor, so that a front-end that watches it learns of a broken queue.
     pub(super) fn signal_error(&self, index: u16) {
         let err = self.rings.get(usize::from(index)).and_then(|r| r.as_ref()?.start.err.as_ref());

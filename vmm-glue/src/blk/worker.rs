@@ -311,9 +311,6 @@ impl<V: Virtqueue, T: Tracking> Poller for QueueWorker<V, T> {
     }
 
     fn prepare_sleep(&mut self, cx: &mut ReactorCx) -> bool {
-        if self.parts.queue.memory_gone() && self.state != QueueState::Broken {
-            self.break_queue(QueueError::MemoryGone);
-        }
         if self.slots.live_count() > 0 && self.parts.channel.must_poll() {
             return true;
         }
@@ -324,6 +321,12 @@ impl<V: Virtqueue, T: Tracking> Poller for QueueWorker<V, T> {
             return false;
         }
         !self.notifier.hears_kicks() || self.parts.queue.request_kick()
+    }
+
+    fn look_after(&mut self, _cx: &mut ReactorCx) {
+        if self.parts.queue.memory_gone() && self.state != QueueState::Broken {
+            self.break_queue(QueueError::MemoryGone);
+        }
     }
 
     fn attach(&mut self, cx: &mut ReactorCx) {
