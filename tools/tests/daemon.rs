@@ -178,6 +178,46 @@ fn a_device_that_keeps_its_requests_is_named_and_the_exit_code_is_3() {
 }
 
 #[test]
+fn a_controller_of_a_stuck_device_is_answered_in_time_and_goes_when_it_can() {
+    const NAME: &str = "deleting a controller with a stuck device";
+    let mut mount = match FrozenMount::new() {
+        Ok(mount) => mount,
+        Err(why) => return skip(NAME, &why),
+    };
+    let image = mount.point().join("disk.img");
+    fs::write(&image, vec![7; usize::try_from(MIB).unwrap()]).expect("a mounted file system");
+    let daemon = Daemon::start();
+    let socket = daemon.add_uring("stuck", &image, &json!({}));
+    let mut exercise = Exercise::new(connect(&socket, 1, 4, 4096), 4, 1);
+    if let Err(why) = mount.freeze() {
+        return skip(NAME, &why);
+    }
+    assert!(exercise.begin(Op::Write, 0, 0, 8));
+    exercise.kick();
+    if wait_for(Duration::from_secs(1), || exercise.poll() > 0) {
+        return skip(NAME, "writes go through to this frozen file system");
+    }
+    let asked = Instant::now();
+    assert_eq!(daemon.call("vhost_delete_controller", &json!({"ctrlr": "stuck"})), json!(true));
+    let took = asked.elapsed();
+    assert!(took < Duration::from_secs(15), "{took:?}");
+    let shown = daemon.call("vhost_get_controllers", &json!({"name": "stuck"}));
+    assert_eq!(shown[0]["state"], json!("draining"), "{shown}");
+    // Until then the disk is claimed, and everything else is as usual.
+    let twice = json!({"ctrlr": "again", "dev_name": "stuck"});
+    daemon.rpc().try_call("vhost_create_blk_controller", &twice).expect_err("still claimed");
+    let other = daemon.add_malloc("other", MIB, 512);
+    Exercise::new(connect(&other, 1, 4, 4096), 4, 1).random_rounds(100, 1024, 8);
+    mount.thaw();
+    assert!(wait_for(WAIT_MAX, || {
+        daemon.rpc().try_call("vhost_create_blk_controller", &twice).is_ok()
+    }));
+    exercise.poll();
+    drop(exercise);
+    daemon.stop();
+}
+
+#[test]
 fn sighup_changes_nothing() {
     let mut daemon = Daemon::start();
     let socket = daemon.add_malloc("ram", 8 * MIB, 512);
@@ -512,6 +552,56 @@ fn the_first_answer_comes_after_the_whole_configuration() {
     assert_eq!(rpc.call("framework_wait_init", &json!({})), json!(true));
     let bdevs = rpc.call("bdev_get_bdevs", &json!({}));
     assert_eq!(bdevs.as_array().map(Vec::len), Some(COUNT));
+    daemon.stop();
+}
+
+#[test]
+fn disks_and_clients_that_are_gone_leave_nothing_open() {
+    let daemon = Daemon::with(["-m", "3"]);
+    let image = daemon.dir().join("disk.img");
+    set_len(&image, MIB);
+    let open = || fs::read_dir(format!("/proc/{}/fd", daemon.pid())).expect("it runs").count();
+    // Guest memory and images; the allocator's own mappings may come and go.
+    let shared = || {
+        let maps = fs::read_to_string(format!("/proc/{}/maps", daemon.pid())).expect("it runs");
+        maps.lines().filter(|line| line.contains("memfd:")).count()
+    };
+    let mut before = None;
+    for round in 0..25 {
+        for (name, delete) in [("file", "bdev_uring_delete"), ("ram", "bdev_malloc_delete")] {
+            let socket = match name {
+                "file" => daemon.add_uring(name, &image, &json!({})),
+                _ => daemon.add_malloc(name, MIB, 512),
+            };
+            let mut exercise = Exercise::new(connect(&socket, 3, 8, SLOT_BYTES), 8, round);
+            let sectors = exercise.sectors_count();
+            exercise.one(Op::WriteZeroes(false), 0, sectors);
+            exercise.tolerates_errors = true;
+            exercise.random_rounds(50, 1024, 64);
+            match round % 3 {
+                0 => drop(exercise),
+                1 => {
+                    daemon.call("vhost_delete_controller", &json!({"ctrlr": name}));
+                }
+                _ => {
+                    daemon.call(delete, &json!({"name": name}));
+                    exercise.random_rounds(50, 1024, 64);
+                    daemon.call("vhost_delete_controller", &json!({"ctrlr": name}));
+                    continue;
+                }
+            }
+            let _ = daemon.rpc().try_call("vhost_delete_controller", &json!({"ctrlr": name}));
+            daemon.call(delete, &json!({"name": name}));
+        }
+        let now = (open(), shared());
+        // The first rounds make what is kept: histograms, rings.
+        if round == 2 {
+            before = Some(now);
+        }
+    }
+    let before = before.expect("25 rounds");
+    let is_clean = wait_for(Duration::from_secs(5), || open() <= before.0 && shared() <= before.1);
+    assert!(is_clean, "descriptors and memory files: {before:?} then {:?}", (open(), shared()));
     daemon.stop();
 }
 

@@ -139,6 +139,11 @@ fn mistakes_in_a_toml_configuration_are_one_line_with_the_place_and_the_way_out(
             &["none.img", "does not exist", "truncate"],
         ),
         (
+            "a second disk that fails",
+            "[[disk]]\nname = \"a\"\npath = \"DIR/good.img\"\n[[disk]]\nname = \"b\"\npath = \"DIR/none.img\"\n",
+            &["c.toml:4", "none.img", "does not exist"],
+        ),
+        (
             "a directory as image",
             "[[disk]]\nname = \"a\"\npath = \"DIR/folder\"\n",
             &["folder", "directory"],

@@ -8,7 +8,8 @@ mod frontend;
 #[path = "support/media.rs"]
 mod media;
 
-use std::io::Read;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -308,5 +309,67 @@ fn two_rings_of_one_front_end_stop_and_start_on_two_cores() {
     }
     first.drain(&[&data]);
     second.drain(&[&second_data]);
+    daemon.stop();
+}
+
+/// CPU time of the daemon in seconds (proc(5): fields 14 and 15 of `stat`, in hundredths).
+fn cpu_seconds(daemon: &Daemon) -> f64 {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", daemon.pid())).expect("it runs");
+    let fields: Vec<&str> = stat.rsplit_once(')').expect("a name").1.split_whitespace().collect();
+    f64::from(fields[11].parse::<u32>().unwrap() + fields[12].parse::<u32>().unwrap()) / 100.0
+}
+
+#[test]
+fn noise_crowds_and_silence_on_a_disks_socket_disturb_nobody() {
+    let daemon = Daemon::start();
+    let socket = file_disk(&daemon, "disk");
+    daemon.add_malloc("other", 8 * MIB, 512);
+    let (_other_front, mut other, other_data) = running(&daemon, "other");
+    let (mut front, mut load, data) = running(&daemon, "disk");
+    let header = |request: u32, flags: u32, len: u32| {
+        [request, flags, len].iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<u8>>()
+    };
+    for bytes in [
+        vec![0xff; 4096],
+        b"GET / HTTP/1.1\r\n\r\n".to_vec(),
+        header(GET_FEATURES, 0, 0),
+        header(GET_FEATURES, 1, u32::MAX),
+        header(SET_FEATURES, 1, 3),
+        header(9999, 1, 0),
+        [header(SET_MEM_TABLE, 1, 8), vec![0xff; 8]].concat(),
+        [header(SET_VRING_NUM, 1, 8), vec![0xff; 8]].concat(),
+        [header(SET_VRING_KICK, 1, 8), vec![0; 8]].concat(),
+        [header(GET_VRING_BASE, 1, 8), vec![0xff; 8]].concat(),
+    ] {
+        let mut noisy = UnixStream::connect(&socket).expect("the disk's socket");
+        noisy.write_all(&bytes).expect("it listens");
+        noisy.set_read_timeout(Some(Duration::from_millis(50))).expect("a socket");
+        let _ = noisy.read(&mut [0; 64]);
+        load.run(&data, 50);
+    }
+    // More connections than are served, none of which says a whole message.
+    let crowd: Vec<UnixStream> = (0..40)
+        .map(|_| {
+            let mut silent = UnixStream::connect(&socket).expect("the disk's socket");
+            silent.write_all(&header(GET_FEATURES, 1, 0)[..7]).expect("it listens");
+            silent
+        })
+        .collect();
+    load.run(&data, 500);
+    other.run(&other_data, 500);
+    load.drain(&[&data]);
+    other.drain(&[&other_data]);
+    let before = cpu_seconds(&daemon);
+    std::thread::sleep(Duration::from_secs(2));
+    let used = cpu_seconds(&daemon) - before;
+    assert!(used < 0.5, "{used} s of CPU in 2 s with silent front-ends");
+    drop(crowd);
+    assert!(wait_for(WAIT_MAX, || sessions_count(&daemon, "disk") == 1));
+    load.run(&data, 100);
+    load.drain(&[&data]);
+    assert_eq!(front.stop(&load.ring), load.ring.avail_index);
+    // Half a message keeps nobody from stopping the daemon.
+    let mut silent = UnixStream::connect(&socket).expect("the disk's socket");
+    silent.write_all(&[1, 0, 0]).expect("it listens");
     daemon.stop();
 }
