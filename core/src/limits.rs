@@ -30,7 +30,7 @@ pub const CONTROLLER_QUEUES_MAX: u16 = 64;
 pub const MEMORY_REGIONS_MAX: usize = 509;
 
 /// Mappings of foreign memory that the SIGBUS handler knows: a thousand sessions of up to eight regions and some more.
-pub const FOREIGN_MAPPINGS_MAX: usize = 16384;
+pub const FOREIGN_MAPPINGS_MAX: usize = 65536;
 
 /// Segments that a taken request keeps without pool memory: what a guest's page-sized and readahead I/O needs.
 pub const SEGMENTS_INLINE: usize = 4;
@@ -60,10 +60,10 @@ pub const RING_SQ_ENTRIES: u32 = 1024;
 pub const RING_CQ_ENTRIES: u32 = 8192;
 
 /// Users of one reactor's ring: channels and pollers with a kick fd.
-pub const RING_CLIENTS_MAX: usize = 4096;
+pub const RING_CLIENTS_MAX: usize = 32768;
 
 /// Files registered with one reactor's ring.
-pub const RING_FILES_MAX: u32 = 4096;
+pub const RING_FILES_MAX: u32 = 16384;
 
 /// Messages waiting in a reactor's mailbox.
 pub const MAILBOX_MESSAGES_MAX: usize = 4096;

@@ -7,6 +7,7 @@ use ringmill_core::io::{IoFlags, IoOp};
 use ringmill_core::spec::virtio_blk as spec;
 use ringmill_core::stats::Stage;
 use ringmill_core::status::IoStatus;
+use ringmill_vmm_glue::blk::QueueState;
 
 #[test]
 fn get_id_behind_other_requests_of_a_batch_is_answered() {
@@ -150,7 +151,7 @@ fn a_quiesced_queue_takes_nothing_until_it_is_resumed() {
 }
 
 #[test]
-fn a_queue_whose_kick_cannot_be_watched_is_polled_for_ever() {
+fn a_queue_without_notifications_stops_instead_of_hanging_its_guest() {
     use ringmill_core::limits::RING_CLIENTS_MAX;
     use ringmill_core::reactor::{Poller, ReactorCx, Ring};
 
@@ -165,7 +166,9 @@ fn a_queue_whose_kick_cannot_be_watched_is_polled_for_ever() {
         bench.worker.detach(&mut bench.cx);
         bench.worker.attach(&mut cx);
         let full = clients_count == RING_CLIENTS_MAX;
-        assert_eq!(bench.worker.prepare_sleep(&mut cx), full, "{clients_count} clients");
+        let stopped = bench.status.state() == QueueState::Broken;
+        assert_eq!(stopped, full, "{clients_count} clients");
+        assert!(!bench.worker.prepare_sleep(&mut cx));
         bench.worker.detach(&mut cx);
     }
 }

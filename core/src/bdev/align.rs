@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use crate::io::{BatchView, Completion, Completions, IoOp, IoRequest, Slots, Tag};
 use crate::limits::{BOUNCE_BYTES, QUEUE_INFLIGHT_MAX};
-use crate::mem::{Bounce, Segment, SegmentList, pieces};
+use crate::mem::{Bounce, ListsHeld, Segment, SegmentList, pieces};
 use crate::reactor::IoCx;
 use crate::status::IoStatus;
 use crate::units::{bytes_u64, len_u32, usize_of};
@@ -99,6 +99,8 @@ pub struct AlignChannel<C> {
     /// Jobs that can try their next step.
     todo: VecDeque<Tag>,
     ready: ReadyQueue,
+    lists_held: ListsHeld,
+    bounces_held: usize,
 }
 
 impl<C: Channel> AlignChannel<C> {
@@ -114,6 +116,8 @@ impl<C: Channel> AlignChannel<C> {
             jobs: Slots::new(JOBS_MAX),
             todo: VecDeque::with_capacity(JOBS_MAX),
             ready: ReadyQueue::new(JOBS_MAX),
+            lists_held: ListsHeld::default(),
+            bounces_held: 0,
         }
     }
 
@@ -169,7 +173,7 @@ impl<C: Channel> AlignChannel<C> {
         if self.jobs.room() == 0 || self.ready.room() < self.jobs.live_count() + 1 {
             return false;
         }
-        let Some(segments) = io.lists.keep(segments) else { return false };
+        let Some(segments) = io.lists.keep(segments, &mut self.lists_held) else { return false };
         let job = Job {
             request,
             segments,
@@ -185,7 +189,7 @@ impl<C: Channel> AlignChannel<C> {
                 true
             }
             Err(job) => {
-                io.lists.give_back(job.segments);
+                io.lists.give_back(job.segments, &mut self.lists_held);
                 false
             }
         }
@@ -219,9 +223,10 @@ impl<C: Channel> AlignChannel<C> {
                     _ => Some(Step::Buffer),
                 },
                 Step::Buffer if piece.through => Some(Step::IssueWrite),
-                Step::Buffer => match io.bounce.take() {
+                Step::Buffer => match io.bounce.take(self.bounces_held) {
                     None => None,
                     Some(bounce) => {
+                        self.bounces_held += 1;
                         let reads = op == IoOp::Read || piece.modifies;
                         job.bounce = Some(bounce);
                         if !reads {
@@ -293,6 +298,7 @@ impl<C: Channel> AlignChannel<C> {
     fn let_go(&mut self, io: &mut IoCx, tag: Tag) {
         let Some(job) = self.jobs.get_mut(tag) else { return };
         if let Some(bounce) = job.bounce.take() {
+            self.bounces_held -= 1;
             io.bounce.give_back(bounce);
         }
         if std::mem::take(&mut job.locked)
@@ -308,7 +314,7 @@ impl<C: Channel> AlignChannel<C> {
     fn finish(&mut self, io: &mut IoCx, tag: Tag, status: IoStatus) {
         self.let_go(io, tag);
         if let Some(job) = self.jobs.remove(tag) {
-            io.lists.give_back(job.segments);
+            io.lists.give_back(job.segments, &mut self.lists_held);
             self.ready.push(Completion { tag: job.request.tag, status });
         }
     }

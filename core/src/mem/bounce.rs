@@ -45,8 +45,12 @@ impl BouncePool {
         Ok(BouncePool { mapping, free: (0..count).rev().collect(), taken_count: 0 })
     }
 
-    /// Takes a buffer, or `None` while all are in use.
-    pub fn take(&mut self) -> Option<Bounce> {
+    /// Takes a buffer for a user who has `held` already; `None` while fewer are left than that, so that one device that
+    /// never answers cannot take them all.
+    pub fn take(&mut self, held: usize) -> Option<Bounce> {
+        if held >= self.free.len() {
+            return None;
+        }
         let number = self.free.pop()?;
         self.taken_count += 1;
         let host = HostAddr(self.mapping.base().as_ptr() as usize)

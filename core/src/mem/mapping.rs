@@ -29,6 +29,12 @@ pub enum MappingError {
         /// Length asked for.
         len_bytes: u64,
     },
+    /// Not memory.
+    #[error(
+        "the file of a memory region is not shared memory; use memory-backend-memfd, or memory-backend-file on /dev/shm \
+         or hugetlbfs"
+    )]
+    NotMemory,
     /// The file ends before the region does: touching it would be a SIGBUS.
     #[error(
         "the file behind a memory region has {file_bytes} bytes, the region needs {need_bytes}; \
@@ -56,11 +62,12 @@ pub enum MappingError {
 /// A mapped range of bytes. Dropping it unmaps; see the module header for who may still use it then (nobody).
 #[derive(Debug)]
 pub struct Mapping {
+    /// Dropped before `raw`: once unmapped, the range may be somebody else's.
+    guard: Option<sigbus::Guard>,
     raw: MmapRaw,
     /// Bytes between the start of `raw` and the first byte asked for (rounding to the file's block).
     lead_bytes: usize,
     len_bytes: usize,
-    guard: Option<sigbus::Guard>,
 }
 
 impl Mapping {
@@ -84,6 +91,11 @@ impl Mapping {
         let mmap_error = |source| MappingError::Mmap { len_bytes, source };
 
         let file = File::from(fd.as_fd().try_clone_to_owned().map_err(mmap_error)?);
+        // Only tmpfs and hugetlbfs answer this, at once, and only their pages never wait for another process: a page of a
+        // FUSE file could keep a reactor waiting for ever.
+        if rustix::fs::fcntl_get_seals(&file).is_err() {
+            return Err(MappingError::NotMemory);
+        }
         let meta = file.metadata().map_err(mmap_error)?;
         if meta.file_type().is_file() && meta.len() < end {
             return Err(MappingError::FileTooShort { file_bytes: meta.len(), need_bytes: end });
@@ -176,6 +188,12 @@ mod tests {
         assert!(matches!(Mapping::foreign(&fd, u64::MAX, 2), Err(MappingError::Length { .. })));
         assert!(matches!(Mapping::foreign(&fd, 0, 0), Err(MappingError::Length { .. })));
         assert_eq!(Mapping::foreign(&fd, 4096, 4096).unwrap().len_bytes(), 4096);
+    }
+
+    #[test]
+    fn an_ordinary_file_is_not_memory() {
+        let fd: OwnedFd = File::open("/proc/self/exe").unwrap().into();
+        assert!(matches!(Mapping::foreign(&fd, 0, 4096), Err(MappingError::NotMemory)));
     }
 
     #[test]

@@ -47,6 +47,14 @@ impl SegmentList {
     }
 }
 
+/// What one user of the pool holds of it. A user may take a list only while it holds fewer than are left: a device that
+/// never answers keeps half of the pool at most, two of them three quarters, and somebody who holds none always gets one.
+#[derive(Debug, Default)]
+pub struct ListsHeld {
+    medium: usize,
+    large: usize,
+}
+
 /// A reactor's memory for long lists; untouched until used.
 #[derive(Debug)]
 pub struct SegmentLists {
@@ -66,15 +74,22 @@ impl Default for SegmentLists {
 }
 
 impl SegmentLists {
-    /// Keeps a copy of `segments`; `None` while the pool has no list that is long enough.
+    /// Keeps a copy of `segments`; `None` while the pool has no list for this user that is long enough.
     #[inline]
-    pub fn keep(&mut self, segments: &[Segment]) -> Option<SegmentList> {
+    pub fn keep(&mut self, segments: &[Segment], held: &mut ListsHeld) -> Option<SegmentList> {
         if segments.len() <= SEGMENTS_INLINE {
             return ArrayVec::try_from(segments).ok().map(SegmentList::Inline);
         }
-        let pool =
-            if segments.len() <= SEGMENTS_MEDIUM { &mut self.medium } else { &mut self.large };
+        let (pool, held) = if segments.len() <= SEGMENTS_MEDIUM {
+            (&mut self.medium, &mut held.medium)
+        } else {
+            (&mut self.large, &mut held.large)
+        };
+        if *held >= pool.len() {
+            return None;
+        }
         let mut list = pool.pop()?;
+        *held += 1;
         debug_assert!(segments.len() <= list.capacity());
         list.extend_from_slice(segments);
         Some(SegmentList::Pooled(list))
@@ -82,15 +97,46 @@ impl SegmentLists {
 
     /// Gives a list back.
     #[inline]
-    pub fn give_back(&mut self, list: SegmentList) {
+    pub fn give_back(&mut self, list: SegmentList, held: &mut ListsHeld) {
         if let SegmentList::Pooled(mut list) = list {
             list.clear();
-            let pool = if list.capacity() < CHAIN_DESCRIPTORS_MAX {
-                &mut self.medium
+            let (pool, held) = if list.capacity() < CHAIN_DESCRIPTORS_MAX {
+                (&mut self.medium, &mut held.medium)
             } else {
-                &mut self.large
+                (&mut self.large, &mut held.large)
             };
+            *held = held.saturating_sub(1);
             pool.push(list);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mem::MemTable;
+    use crate::units::GuestAddr;
+
+    #[test]
+    fn a_greedy_user_leaves_something_for_the_others() {
+        let table = MemTable::anonymous(GuestAddr(0), 4096).unwrap();
+        let segment = table.translate(GuestAddr(0), 16, &mut 0).unwrap();
+        let many = [segment; SEGMENTS_INLINE + 1];
+        let mut lists = SegmentLists::default();
+        let (mut greedy, mut modest) = (ListsHeld::default(), ListsHeld::default());
+        let mut taken = Vec::new();
+        while let Some(list) = lists.keep(&many, &mut greedy) {
+            taken.push(list);
+        }
+        assert_eq!(taken.len(), SEGMENT_LISTS_MEDIUM / 2);
+        let list = lists.keep(&many, &mut modest).expect("a list for somebody else");
+        lists.give_back(list, &mut modest);
+        for list in taken {
+            lists.give_back(list, &mut greedy);
+        }
+        assert_eq!(
+            (greedy.medium, modest.medium, lists.medium.len()),
+            (0, 0, SEGMENT_LISTS_MEDIUM)
+        );
     }
 }

@@ -6,7 +6,7 @@
 #![expect(unsafe_code)] // UNSAFETY: a signal handler and MAP_FIXED over ranges that this table owns.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 
 use crate::limits::FOREIGN_MAPPINGS_MAX;
 
@@ -26,6 +26,16 @@ static TABLE: [Entry; FOREIGN_MAPPINGS_MAX] = [const {
         claimed: AtomicBool::new(false),
     }
 }; FOREIGN_MAPPINGS_MAX];
+
+/// Mappings lost so far.
+static LOST: AtomicU32 = AtomicU32::new(0);
+
+/// How many mappings have lost their memory since the process began: one load tells whether to look closer.
+#[inline]
+#[must_use]
+pub fn lost_mappings_count() -> u32 {
+    LOST.load(Ordering::Acquire)
+}
 
 /// One mapping's entry in the table; dropping it frees the entry.
 #[derive(Debug)]
@@ -71,7 +81,11 @@ extern "C" fn handler(
     let addr = unsafe { (*info).si_addr() } as usize;
     for entry in &TABLE {
         let start = entry.start.load(Ordering::Acquire);
-        let len_bytes = entry.len_bytes.load(Ordering::Relaxed);
+        let len_bytes = entry.len_bytes.load(Ordering::Acquire);
+        if entry.start.load(Ordering::Acquire) != start {
+            // Recycled between the two loads: not ours any more.
+            continue;
+        }
         if start == 0 || addr < start || addr - start >= len_bytes {
             continue;
         }
@@ -89,6 +103,7 @@ extern "C" fn handler(
         };
         if got != libc::MAP_FAILED {
             entry.failed.store(true, Ordering::Relaxed);
+            LOST.fetch_add(1, Ordering::Release);
             return;
         }
     }

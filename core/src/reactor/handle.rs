@@ -239,6 +239,16 @@ impl ReactorHandle {
         Err(message)
     }
 
+    /// Sends a message if the mailbox has room now.
+    ///
+    /// # Errors
+    /// Returns the message.
+    pub fn try_send(&self, message: Message) -> Result<(), Message> {
+        self.shared.mailbox.push(message)?;
+        self.wake();
+        Ok(())
+    }
+
     /// Runs `f` on the reactor and waits for its answer. For control threads only.
     ///
     /// # Errors

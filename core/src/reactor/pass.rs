@@ -52,6 +52,8 @@ pub struct Reactor {
     last_work_ns: u64,
     last_ticks: u64,
     next_look_ns: u64,
+    /// The wake-up descriptor is to be watched (again).
+    wake_unwatched: bool,
 }
 
 impl std::fmt::Debug for Reactor {
@@ -86,6 +88,7 @@ impl Reactor {
             last_work_ns,
             last_ticks: ticks_now(),
             next_look_ns: 0,
+            wake_unwatched: false,
         })
     }
 
@@ -102,6 +105,7 @@ impl Reactor {
                 && self.cx.pass_ns.saturating_sub(self.last_work_ns) >= spin_ns
             {
                 self.sleep();
+                self.charge_idle();
             }
         }
         self.detach_all();
@@ -116,7 +120,7 @@ impl Reactor {
         }
         if let Some(ring) = &mut self.cx.io.ring {
             work |= ring.reap() > 0;
-            if ring.has_events(self.wake_client) {
+            if self.wake_unwatched || ring.has_events(self.wake_client) {
                 self.rearm_wake();
             }
         }
@@ -150,6 +154,14 @@ impl Reactor {
         }
     }
 
+    /// Books the time of a sleep, whatever the wake-up brings.
+    #[cold]
+    fn charge_idle(&mut self) {
+        let now = ticks_now();
+        bump(&self.shared.stats.idle_ticks, now.wrapping_sub(self.last_ticks));
+        self.last_ticks = now;
+    }
+
     #[cold]
     #[inline(never)]
     fn read_mailbox(&mut self) -> bool {
@@ -167,9 +179,11 @@ impl Reactor {
     fn rearm_wake(&mut self) {
         let Some(ring) = &mut self.cx.io.ring else { return };
         while let Some(event) = ring.next_event(self.wake_client) {
-            if !event.more {
-                ring.watch(self.wake_client, WAKE_TOKEN, self.shared.wake_fd.as_raw_fd());
-            }
+            self.wake_unwatched |= !event.more;
+        }
+        if self.wake_unwatched {
+            let fd = self.shared.wake_fd.as_raw_fd();
+            self.wake_unwatched = !ring.watch(self.wake_client, WAKE_TOKEN, fd);
         }
         // The counter is never read: a multishot poll reports each write, and 2^64 writes do not happen.
     }
@@ -192,7 +206,9 @@ impl Reactor {
     #[inline(never)]
     fn sleep(&mut self) {
         self.shared.sleep.announce();
-        let mut awake = !self.shared.mailbox.is_empty() || self.shared.stop.load(Ordering::Acquire);
+        let mut awake = self.wake_unwatched
+            || !self.shared.mailbox.is_empty()
+            || self.shared.stop.load(Ordering::Acquire);
         for entry in &mut self.pollers {
             // Every poller is asked even after one has said no: each must publish its wish to be notified or keep
             // polling, and asking is idempotent.

@@ -16,7 +16,9 @@ use io_uring::types::{SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use thiserror::Error;
 
-use crate::limits::{RING_CLIENTS_MAX, RING_CQ_ENTRIES, RING_FILES_MAX, RING_SQ_ENTRIES};
+use crate::limits::{
+    CORES_MAX, RING_CLIENTS_MAX, RING_CQ_ENTRIES, RING_FILES_MAX, RING_SQ_ENTRIES,
+};
 use crate::units::{bytes_u64, index};
 
 /// Bits of `user_data` that belong to the client; the rest is its id.
@@ -42,6 +44,7 @@ const ALLOWED_OPS: [u8; 14] = [
 ];
 const IORING_REGISTER_FILES_UPDATE: u8 = 6;
 const IORING_REGISTER_BUFFERS_UPDATE: u8 = 16;
+const IORING_REGISTER_IOWQ_AFF: u8 = 17;
 const IORING_REGISTER_CLONE_BUFFERS: u8 = 30;
 
 /// Why a reactor has no ring.
@@ -120,6 +123,8 @@ pub struct Ring {
     enters_count: u64,
     defer_taskrun: bool,
     last_errno: Option<i32>,
+    io_wq_cpus: Vec<usize>,
+    files_max: u32,
 }
 
 impl std::fmt::Debug for Ring {
@@ -168,24 +173,20 @@ impl Ring {
         let (uring, defer_taskrun) = build().map_err(RingError::Setup)?;
         let register = |what| move |source| RingError::Register { what, source };
         let submitter = uring.submitter();
-        submitter.register_files_sparse(RING_FILES_MAX).map_err(register("file table"))?;
+        // The kernel counts the table against the limit of open files.
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        let files_max = limit
+            .map_or(RING_FILES_MAX, |n| RING_FILES_MAX.min(u32::try_from(n).unwrap_or(u32::MAX)));
+        submitter.register_files_sparse(files_max).map_err(register("file table"))?;
         // At most 16 kernel threads of each kind per ring: enough that FLUSH of one disk does not wait for another's
         // discard, and a thousand disks do not start a thousand threads.
         submitter.register_iowq_max_workers(&mut [16, 16]).map_err(register("worker limit"))?;
-        if !io_wq_cpus.is_empty() {
-            // SAFETY: an all-zero cpu_set_t is the empty set.
-            let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
-            for &cpu in io_wq_cpus.iter().filter(|&&cpu| cpu < 1024) {
-                // SAFETY: `cpu` is below the set's 1,024 bits.
-                unsafe { libc::CPU_SET(cpu, &mut set) };
-            }
-            submitter.register_iowq_aff(&set).map_err(register("worker affinity"))?;
-        }
         let mut allowed: Vec<Restriction> =
             ALLOWED_OPS.iter().map(|&op| Restriction::sqe_op(op)).collect();
         for op in [
             IORING_REGISTER_FILES_UPDATE,
             IORING_REGISTER_BUFFERS_UPDATE,
+            IORING_REGISTER_IOWQ_AFF,
             IORING_REGISTER_CLONE_BUFFERS,
         ] {
             allowed.push(Restriction::register_op(op));
@@ -196,6 +197,8 @@ impl Ring {
         submitter.register_restrictions(&mut allowed).map_err(register("restrictions"))?;
         Ok(Ring {
             uring,
+            io_wq_cpus: io_wq_cpus.to_vec(),
+            files_max,
             inboxes: Vec::with_capacity(RING_CLIENTS_MAX),
             outstanding: 0,
             free_files: Vec::with_capacity(index(RING_FILES_MAX)),
@@ -206,16 +209,30 @@ impl Ring {
         })
     }
 
-    /// Enables the ring; from now on only the calling thread may use it.
+    /// Enables the ring; from now on only the calling thread may use it. Kernel workers get their processors here: they
+    /// belong to the thread that enters the ring, and exist only after its first entry.
     ///
     /// # Errors
     /// The kernel's refusal.
     pub fn enable(&mut self) -> Result<(), RingError> {
-        let what = "enable";
-        self.uring
-            .submitter()
-            .register_enable_rings()
-            .map_err(|source| RingError::Register { what, source })
+        let failed = |what| move |source| RingError::Register { what, source };
+        self.uring.submitter().register_enable_rings().map_err(failed("enable"))?;
+        if self.io_wq_cpus.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: a no-operation names no memory.
+        let pushed = unsafe { self.uring.submission().push(&opcode::Nop::new().build()) };
+        if pushed.is_ok() {
+            self.uring.submitter().submit_and_wait(1).map_err(failed("first entry"))?;
+            self.uring.completion().for_each(drop);
+        }
+        // SAFETY: an all-zero cpu_set_t is the empty set.
+        let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+        for &cpu in self.io_wq_cpus.iter().filter(|&&cpu| cpu < CORES_MAX) {
+            // SAFETY: `cpu` is below the set's 1,024 bits.
+            unsafe { libc::CPU_SET(cpu, &mut set) };
+        }
+        self.uring.submitter().register_iowq_aff(&set).map_err(failed("worker affinity"))
     }
 
     /// Adds a client that will have at most `events_max` single-shot operations in flight.
@@ -253,7 +270,7 @@ impl Ring {
     /// When the table is full or the kernel refuses.
     pub fn add_file(&mut self, fd: RawFd) -> Result<FixedFile, RingError> {
         let slot = self.free_files.pop().or_else(|| {
-            (self.next_file < RING_FILES_MAX).then(|| {
+            (self.next_file < self.files_max).then(|| {
                 self.next_file += 1;
                 self.next_file - 1
             })
@@ -343,6 +360,13 @@ impl Ring {
         let entry = opcode::Write::new(types::Fd(fd), (&raw const ONE).cast(), 8).build();
         // SAFETY: the entry reads a static.
         unsafe { self.push(client, token, entry) }
+    }
+
+    /// Asks the kernel to give up on the operation with `token`; it still completes, once.
+    pub fn cancel(&mut self, client: ClientId, token: u64) -> bool {
+        let target = (u64::from(client.0) << TOKEN_BITS) | (token & TOKEN_MASK);
+        // SAFETY: names no memory; its own answer carries the token that nobody waits for.
+        unsafe { self.push(client, TOKEN_MASK, opcode::AsyncCancel::new(target).build()) }
     }
 
     fn enter(&mut self) {

@@ -1,18 +1,19 @@
 //! HOT PATH
 //! The RAM disk's channel.
 //!
-//! Owner: one reactor. **Invariant:** a request that only copies is complete when `submit` returns; only holes of many
-//! pages wait for the kernel.
+//! Owner: one reactor. **Invariant:** neither `submit` nor `poll` moves more than a bounded number of bytes per request: a
+//! longer one is a job that goes on piece by piece, poll by poll; only holes of many pages wait for the kernel.
 //!
-//! submit: copy | clear | start a hole → ready; poll: holes that are done → ready → completions
+//! submit: copy | clear | start a job or a hole → ready; poll: a piece of the first job, holes that are done → completions
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use ringmill_core::IoStatus;
 use ringmill_core::bdev::{BdevError, Channel, ReadyQueue, Room};
 use ringmill_core::io::{BatchView, Completion, Completions, IoOp, IoRequest, Tag};
 use ringmill_core::limits::QUEUE_INFLIGHT_MAX;
-use ringmill_core::mem::{Segment, SegmentList};
+use ringmill_core::mem::{ListsHeld, Segment, SegmentList, pieces};
 use ringmill_core::reactor::{IoCx, Ring};
 use ringmill_core::units::bytes_u64;
 
@@ -22,13 +23,33 @@ use crate::flight::{FlightSlots, Flights, Plain};
 /// Bytes that are cleared here and now: some 20 µs of a reactor's time. More goes through the ring.
 const CLEAR_BYTES_MAX: u64 = 256 << 10;
 
+/// The page size below which memory is not reserved.
+const SMALL_PAGE_BYTES: u64 = 4096;
+
 /// Holes in the making per channel; more wait on their virtqueue.
 pub(super) const PUNCHES_MAX: usize = 64;
+
+/// Bytes that are copied in one go: some 100 µs. A longer request is a job.
+const COPY_BYTES_MAX: u64 = 1 << 20;
+
+/// Jobs per channel; more wait on their virtqueue.
+const JOBS_MAX: usize = 16;
+
+/// A long request and how far it is.
+#[derive(Debug)]
+struct Job {
+    request: IoRequest,
+    segments: SegmentList,
+    done_bytes: u64,
+}
 
 #[derive(Debug)]
 pub(super) struct MallocChannel {
     memory: Arc<DiskMemory>,
     ready: ReadyQueue,
+    /// Worked on one after the other.
+    jobs: VecDeque<Job>,
+    lists_held: ListsHeld,
     /// Without a ring everything is cleared by hand.
     punches: Option<Flights<Tag>>,
 }
@@ -44,26 +65,68 @@ impl MallocChannel {
             Some(ring) => Some(Flights::open(slots, ring, memory.fd())?),
             None => None,
         };
-        Ok(MallocChannel { memory, ready: ReadyQueue::new(QUEUE_INFLIGHT_MAX), punches })
+        Ok(MallocChannel {
+            memory,
+            ready: ReadyQueue::new(QUEUE_INFLIGHT_MAX),
+            jobs: VecDeque::with_capacity(JOBS_MAX),
+            lists_held: ListsHeld::default(),
+            punches,
+        })
     }
 
     /// Copies between the disk and the request's segments.
     #[inline]
     fn copy(&self, request: &IoRequest, segments: &[Segment]) -> IoStatus {
-        let mut offset_bytes = request.offset_bytes;
-        let writes = request.op == IoOp::Write;
+        let mut at_bytes = request.offset_bytes;
         for segment in segments {
-            let mut rest = *segment;
-            while rest.len_bytes() > 0 {
-                let Some(disk) = self.memory.at(offset_bytes, u64::from(rest.len_bytes())) else {
-                    return IoStatus::Range;
-                };
-                let copied = if writes { disk.copy_from(&rest) } else { rest.copy_from(&disk) };
-                offset_bytes += bytes_u64(copied);
-                rest = rest.sub(disk.len_bytes(), u32::MAX);
+            let status = copy(&self.memory, at_bytes, *segment, request.op == IoOp::Write);
+            if !status.is_ok() {
+                return status;
             }
+            at_bytes += u64::from(segment.len_bytes());
         }
         IoStatus::Ok
+    }
+
+    /// Makes a long request a job; false when there is no room for it now.
+    #[cold]
+    #[inline(never)]
+    fn start_job(&mut self, io: &mut IoCx, request: &IoRequest, segments: &[Segment]) -> bool {
+        if self.jobs.len() == JOBS_MAX {
+            return false;
+        }
+        let Some(segments) = io.lists.keep(segments, &mut self.lists_held) else { return false };
+        self.jobs.push_back(Job { request: *request, segments, done_bytes: 0 });
+        true
+    }
+
+    /// Does the next piece of the first job.
+    #[cold]
+    #[inline(never)]
+    fn work(&mut self, io: &mut IoCx) {
+        let Some(job) = self.jobs.front_mut() else { return };
+        let piece_bytes = COPY_BYTES_MAX.min(job.request.len_bytes - job.done_bytes);
+        let mut at_bytes = job.request.offset_bytes + job.done_bytes;
+        let mut status = IoStatus::Ok;
+        if job.request.op.has_data() {
+            let (memory, writes) = (&self.memory, job.request.op == IoOp::Write);
+            pieces(job.segments.as_slice(), job.done_bytes, piece_bytes, |segment| {
+                if status.is_ok() {
+                    status = copy(memory, at_bytes, segment, writes);
+                }
+                at_bytes += u64::from(segment.len_bytes());
+            });
+        } else {
+            self.memory.zero(at_bytes, piece_bytes);
+        }
+        job.done_bytes += piece_bytes;
+        if job.done_bytes < job.request.len_bytes && status.is_ok() {
+            return;
+        }
+        if let Some(job) = self.jobs.pop_front() {
+            io.lists.give_back(job.segments, &mut self.lists_held);
+            self.ready.push(Completion { tag: job.request.tag, status });
+        }
     }
 
     /// Clears a range; true when the request has been completed or is on its way.
@@ -74,12 +137,14 @@ impl MallocChannel {
         let page = u64::from(self.memory.page_bytes());
         let hole_start = start.next_multiple_of(page);
         let hole_end = (start + len) / page * page;
-        let (Some(punches), Some(ring)) = (&mut self.punches, &mut io.ring) else {
-            return self.clear_by_hand(request);
-        };
-        if len <= CLEAR_BYTES_MAX || hole_end <= hole_start {
+        if len <= CLEAR_BYTES_MAX {
             return self.clear_by_hand(request);
         }
+        // A hole in huge pages would give their reservation away: to be short of one later is fatal.
+        let holes = page == SMALL_PAGE_BYTES && hole_end > hole_start;
+        let (Some(punches), Some(ring), true) = (&mut self.punches, &mut io.ring, holes) else {
+            return self.start_job(io, request, &[]);
+        };
         let hole = Plain::Fallocate {
             mode: libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
             offset_bytes: hole_start,
@@ -105,7 +170,7 @@ impl MallocChannel {
     #[inline(never)]
     fn collect_holes(&mut self, io: &mut IoCx) {
         let (Some(punches), Some(ring)) = (&mut self.punches, &mut io.ring) else { return };
-        while self.ready.room() > 0
+        while self.ready.room() > self.jobs.len()
             && let Some((flight, result)) = punches.landed(ring)
         {
             let Some((_, tag)) = punches.remove(flight) else { continue };
@@ -120,18 +185,39 @@ impl MallocChannel {
     }
 }
 
+/// Copies between one segment and the disk from `at_bytes` on.
+#[inline]
+fn copy(memory: &DiskMemory, mut at_bytes: u64, segment: Segment, writes: bool) -> IoStatus {
+    let mut rest = segment;
+    while rest.len_bytes() > 0 {
+        let Some(disk) = memory.at(at_bytes, u64::from(rest.len_bytes())) else {
+            return IoStatus::Range;
+        };
+        let copied = if writes { disk.copy_from(&rest) } else { rest.copy_from(&disk) };
+        at_bytes += bytes_u64(copied);
+        rest = rest.sub(disk.len_bytes(), u32::MAX);
+    }
+    IoStatus::Ok
+}
+
 impl Channel for MallocChannel {
     #[inline]
     fn room(&self, _io: &IoCx) -> Room {
-        Room { requests: self.ready.room(), not_before_ns: 0 }
+        Room { requests: self.ready.room().saturating_sub(self.jobs.len()), not_before_ns: 0 }
     }
 
     fn submit(&mut self, io: &mut IoCx, batch: BatchView<'_>) -> usize {
         for (at, request) in batch.requests().iter().enumerate() {
-            if self.ready.room() == 0 {
+            if self.ready.room() <= self.jobs.len() {
                 return at;
             }
             let status = match request.op {
+                IoOp::Read | IoOp::Write if request.len_bytes > COPY_BYTES_MAX => {
+                    if !self.start_job(io, request, batch.segments(request)) {
+                        return at;
+                    }
+                    continue;
+                }
                 IoOp::Read | IoOp::Write => self.copy(request, batch.segments(request)),
                 IoOp::Flush => IoStatus::Ok,
                 IoOp::Discard | IoOp::WriteZeroes => {
@@ -148,6 +234,9 @@ impl Channel for MallocChannel {
 
     #[inline]
     fn poll(&mut self, io: &mut IoCx, done: &mut Completions) {
+        if !self.jobs.is_empty() {
+            self.work(io);
+        }
         if self.punches_count() > 0 {
             self.collect_holes(io);
         }
@@ -155,11 +244,11 @@ impl Channel for MallocChannel {
     }
 
     fn inflight(&self) -> usize {
-        self.ready.len() + self.punches_count()
+        self.ready.len() + self.jobs.len() + self.punches_count()
     }
 
     fn must_poll(&self) -> bool {
-        !self.ready.is_empty()
+        !self.ready.is_empty() || !self.jobs.is_empty()
     }
 
     #[cold]

@@ -14,6 +14,7 @@ use std::sync::atomic::Ordering;
 use ringmill_core::IoStatus;
 use ringmill_core::bdev::{Channel, Room};
 use ringmill_core::io::{BatchView, Completion, Completions, IoFlags, IoOp, Tag};
+use ringmill_core::mem::ListsHeld;
 use ringmill_core::reactor::{IoCx, Ring, RingError};
 
 use super::discard_thread::Answers;
@@ -23,6 +24,10 @@ use crate::flight::{Direction, FlightSlots, Flights, Plain};
 
 /// Polls without a result between two looks at the clock.
 const QUIET_POLLS: u32 = 16;
+
+/// Flushes, discards and write-zeroes of one channel in the kernel at a time. They occupy worker threads of the
+/// reactor's ring, of which a disk that does not answer must not take all.
+const SLOW_MAX: usize = 4;
 
 /// How often the oldest request is published, nanoseconds.
 const OLDEST_PERIOD_NS: u64 = 100_000_000;
@@ -36,6 +41,10 @@ pub(super) struct UringChannel {
     /// Results that do not come through the ring, and how many are awaited.
     pub(super) answers: Arc<Answers>,
     pub(super) off_ring_count: usize,
+    /// What it holds of the reactor's pool.
+    pub(super) lists_held: ListsHeld,
+    /// Requests that the kernel does in worker threads: syncs and ranges.
+    slow_count: usize,
     write_flags: i32,
     oldest: Arc<OldestStart>,
     oldest_due_ns: u64,
@@ -59,6 +68,8 @@ impl UringChannel {
             waiting: VecDeque::with_capacity(REQUESTS_MAX),
             answers,
             off_ring_count: 0,
+            lists_held: ListsHeld::default(),
+            slow_count: 0,
             write_flags,
             oldest,
             oldest_due_ns: 0,
@@ -93,6 +104,7 @@ impl UringChannel {
     #[inline]
     pub(super) fn settle(&mut self, io: &mut IoCx, flight: Tag, result: i32) -> Option<IoStatus> {
         let work = self.flights.state(flight)?;
+        let result = self.shared.sync_result(work.stage, result);
         let sync_after = self.shared.write_through || work.flags.contains(IoFlags::FUA);
         match work.outcome(result, self.shared.transfer_unit_bytes, sync_after) {
             Outcome::Done(status) => Some(status),
@@ -133,7 +145,8 @@ impl UringChannel {
     #[inline]
     fn finish(&mut self, io: &mut IoCx, flight: Tag, status: IoStatus, done: &mut Completions) {
         if let Some((segments, work)) = self.flights.remove(flight) {
-            io.lists.give_back(segments);
+            self.slow_count -= usize::from(!work.op.has_data());
+            io.lists.give_back(segments, &mut self.lists_held);
             done.push(Completion { tag: work.tag, status });
         }
     }
@@ -182,20 +195,28 @@ impl Channel for UringChannel {
         let room = self.room(io).requests;
         let mut taken = 0;
         for request in batch.requests().iter().take(room) {
-            let Some(segments) = io.lists.keep(batch.segments(request)) else { break };
+            let slow = !request.op.has_data();
+            if slow && self.slow_count == SLOW_MAX {
+                break;
+            }
+            let Some(segments) = io.lists.keep(batch.segments(request), &mut self.lists_held)
+            else {
+                break;
+            };
             let flight = match self.flights.insert(segments, Work::new(request, started_ns)) {
                 Ok(flight) => flight,
                 Err(segments) => {
-                    io.lists.give_back(segments);
+                    io.lists.give_back(segments, &mut self.lists_held);
                     break;
                 }
             };
             if !self.launch(io, flight) {
                 if let Some((segments, _)) = self.flights.remove(flight) {
-                    io.lists.give_back(segments);
+                    io.lists.give_back(segments, &mut self.lists_held);
                 }
                 break;
             }
+            self.slow_count += usize::from(slow);
             taken += 1;
         }
         if was_idle && taken > 0 {

@@ -18,7 +18,7 @@ mod work;
 
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -49,9 +49,14 @@ struct Shared {
     abilities: Abilities,
     /// Every write is stable before it completes.
     write_through: bool,
+    /// Through the host's page cache.
+    buffered: bool,
     /// Bytes that lengths of transfers come in; a read that ends elsewhere met the end of the file.
     transfer_unit_bytes: u32,
     counters: Counters,
+    /// The errno of a sync that failed through the page cache; 0: none. Linux reports such a failure once and then calls the
+    /// lost pages clean, so no later sync may claim success.
+    sync_failed: AtomicI32,
 }
 
 /// Rare events, over all channels.
@@ -186,6 +191,29 @@ impl Bdev for UringBdev {
 }
 
 impl Shared {
+    /// A result as the guest may hear it: after one failed sync through the page cache every sync has failed.
+    #[inline]
+    fn sync_result(&self, stage: work::Stage, result: i32) -> i32 {
+        if stage == work::Stage::Sync && self.buffered {
+            self.buffered_sync_result(result)
+        } else {
+            result
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn buffered_sync_result(&self, result: i32) -> i32 {
+        if result < 0 && ![-libc::EINTR, -libc::EAGAIN].contains(&result) {
+            self.sync_failed.store(result, Ordering::Relaxed);
+            return result;
+        }
+        match self.sync_failed.load(Ordering::Relaxed) {
+            0 => result,
+            failed => failed,
+        }
+    }
+
     fn fd(&self) -> std::os::fd::BorrowedFd<'_> {
         self.file.as_fd()
     }

@@ -8,6 +8,7 @@ use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicI32;
 use std::sync::{Arc, Mutex};
 
 use ringmill_core::bdev::{Alignment, BdevError, BdevInfo, BlockLocks, Geometry};
@@ -320,8 +321,10 @@ fn open_image(name: &str, options: &UringOptions) -> Result<UringBdev, OpenProbl
             file,
             abilities,
             write_through: options.cache == CacheMode::WriteThrough,
+            buffered: !direct,
             transfer_unit_bytes: if direct { offset_bytes } else { 1 },
             counters: Counters::default(),
+            sync_failed: AtomicI32::new(0),
         }),
         rules: Alignment {
             block_bytes: offset_bytes,

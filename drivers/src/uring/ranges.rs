@@ -85,11 +85,13 @@ impl UringChannel {
             self.answer(flight, -libc::ENOMEM);
             return true;
         };
-        let (Some(list), Some(ring)) = (io.lists.keep(&[segment]), &mut io.ring) else {
+        let (Some(list), Some(ring)) =
+            (io.lists.keep(&[segment], &mut self.lists_held), &mut io.ring)
+        else {
             return false;
         };
         let old = self.flights.exchange(flight, list);
-        io.lists.give_back(old);
+        io.lists.give_back(old, &mut self.lists_held);
         let piece_bytes = u64::from(segment.len_bytes());
         let write = Direction::Write(0);
         self.flights.transfer(ring, flight, write, offset_bytes, piece_bytes).is_some()

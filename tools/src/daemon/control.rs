@@ -284,6 +284,7 @@ impl Daemon {
                 return Ok(());
             }
             if self.signals.stop_asked() {
+                self.shut_down()?;
                 bail!("stopped while the configuration was being loaded");
             }
             self.round(Duration::from_secs(1))?;
@@ -297,6 +298,8 @@ impl Daemon {
         self.engine.settle(start);
         while !self.engine.draining().is_empty() && start.elapsed() < SHUTDOWN_MAX {
             self.round(Duration::from_millis(50))?;
+            // The RPC is still answered; what it creates now goes at once.
+            self.engine.begin_shutdown();
         }
         let written = Instant::now();
         while self.server.has_output() && written.elapsed() < LAST_WORDS_MAX {

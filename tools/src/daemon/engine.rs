@@ -479,6 +479,11 @@ impl Engine for DaemonEngine {
                             format!("bdev {name:?}: the file is empty now; size unchanged"),
                         ));
                     }
+                    // Deleted meanwhile, perhaps with a successor of the same name: not that one's size.
+                    let now = engine.registry.get(&name).map_err(registry_error)?;
+                    if !Arc::ptr_eq(&now, &bdev) {
+                        return Err(EngineError::NoBdev(name.clone()));
+                    }
                     engine.registry.resize(&name, blocks).map(drop).map_err(registry_error)
                 });
                 engine.finished.push((token, result));

@@ -39,8 +39,14 @@ pub fn device_features(device: &BlkDevice) -> u64 {
 }
 
 /// The configuration space now.
+///
+/// `writeback` is what the asking front-end's guest chose; `None`: what the disk was left with.
 #[must_use]
-pub fn encode_config(device: &BlkDevice, queues_count: u16) -> [u8; CONFIG_BYTES] {
+pub fn encode_config(
+    device: &BlkDevice,
+    queues_count: u16,
+    writeback: Option<bool>,
+) -> [u8; CONFIG_BYTES] {
     let info = device.info();
     let geometry = info.geometry();
     let block = geometry.block_bytes;
@@ -57,7 +63,7 @@ pub fn encode_config(device: &BlkDevice, queues_count: u16) -> [u8; CONFIG_BYTES
         alignment_offset: 0,
         min_io_size: u16::try_from(blocks_of(physical)).unwrap_or(1),
         opt_io_size: blocks_of(geometry.optimal_io_bytes),
-        writeback: u8::from(device.config_writeback()),
+        writeback: u8::from(writeback.unwrap_or_else(|| device.config_writeback())),
         num_queues: queues_count,
         max_discard_sectors: supports(IoOp::Discard, range_sectors),
         max_discard_seg: supports(IoOp::Discard, 1),
@@ -120,7 +126,7 @@ mod tests {
     #[test]
     fn fields_lie_where_linux_looks_for_them() {
         let device = device(true, false);
-        let config = encode_config(&device, 5);
+        let config = encode_config(&device, 5, None);
         assert_eq!(size_of::<Layout>().min(60), CONFIG_BYTES);
         let field = |at, len| number(&config, at, len);
         assert_eq!(field(offset_of!(Layout, capacity), 8), 8000);
@@ -140,9 +146,9 @@ mod tests {
         assert_eq!(field(offset_of!(Layout, max_write_zeroes_seg), 4), 1);
         assert_eq!(field(offset_of!(Layout, write_zeroes_may_unmap), 1), 1);
         device.set_config_writeback(false);
-        assert_eq!(encode_config(&device, 5)[offset_of!(Layout, wce)], 0);
+        assert_eq!(encode_config(&device, 5, None)[offset_of!(Layout, wce)], 0);
         device.info().set_blocks(2000);
-        assert_eq!(number(&encode_config(&device, 5), 0, 8), 16_000);
+        assert_eq!(number(&encode_config(&device, 5, None), 0, 8), 16_000);
     }
 
     #[test]
@@ -170,7 +176,7 @@ mod tests {
 
     #[test]
     fn what_is_not_offered_has_no_limits() {
-        let config = encode_config(&device(true, true), 1);
+        let config = encode_config(&device(true, true), 1, None);
         assert!(config[36..].iter().all(|&b| b == 0));
     }
 

@@ -183,6 +183,7 @@ pub struct Controller {
     next_vid: u64,
     state: ControllerState,
     losing_bdev: bool,
+    accept_paused: bool,
 }
 
 impl std::fmt::Debug for Controller {
@@ -211,8 +212,9 @@ fn listen(spec: &ControllerSpec) -> Result<UnixListener, ControllerError> {
             return Err(ControllerError::InUse { path: path.to_owned() });
         }
     }
-    // A name that no controller can have, and never longer than the real one.
-    let unborn = path.with_file_name(format!(".{}", std::process::id()));
+    // No controller's name has a tilde, and this one is as long as the real one.
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let unborn = path.with_file_name(format!("~{}", name.get(1..).unwrap_or_default()));
     let _ = std::fs::remove_file(&unborn);
     let listener = UnixListener::bind(&unborn).map_err(error)?;
     let ready = || {
@@ -303,6 +305,7 @@ impl Controller {
             next_vid: 0,
             state: ControllerState::Active,
             losing_bdev: false,
+            accept_paused: false,
         })
     }
 
@@ -387,8 +390,11 @@ impl Controller {
 
     /// The descriptors to poll now.
     pub fn sources(&self) -> impl Iterator<Item = Source<'_>> {
-        let listener =
-            self.listener.iter().filter(|_| self.sessions.len() < SESSIONS_MAX).map(|l| Source {
+        let listener = self
+            .listener
+            .iter()
+            .filter(|_| !self.accept_paused && self.sessions.len() < SESSIONS_MAX)
+            .map(|l| Source {
                 fd: l.as_fd(),
                 readable: true,
                 writable: false,
@@ -434,7 +440,17 @@ impl Controller {
     fn accept(&mut self) {
         let Some(listener) = &self.listener else { return };
         while self.sessions.len() < SESSIONS_MAX {
-            let Ok((stream, _)) = listener.accept() else { return };
+            let stream = match listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    if error.kind() != io::ErrorKind::WouldBlock {
+                        // No descriptors left, most likely: the listener stays readable, so look away for a second.
+                        tracing::warn!(controller = %self.spec.name, "cannot accept a front-end now: {error}");
+                        self.accept_paused = true;
+                    }
+                    return;
+                }
+            };
             if let Err(error) = stream.set_nonblocking(true) {
                 tracing::warn!(controller = %self.spec.name, "a front-end was refused: {error}");
                 continue;
@@ -506,6 +522,11 @@ impl Controller {
                     connected.front.signal_error(index);
                 }
             }
+            EventKind::Worker { vid, index, event: WorkerEvent::NoNotifications(error) } => {
+                tracing::error!(
+                    controller = %self.spec.name, session = vid, queue = index, "the queue cannot run: {error}"
+                );
+            }
             EventKind::Worker { vid, index, event: WorkerEvent::NoChannel(error) } => {
                 tracing::error!(
                     controller = %self.spec.name, session = vid, queue = index, "every request will fail: {error}"
@@ -550,7 +571,8 @@ impl Controller {
     /// about once a second.
     pub fn check_ages(&mut self) {
         let mut cut = Vec::new();
-        for (&vid, connected) in &self.sessions {
+        self.accept_paused = false;
+        for (&vid, connected) in &mut self.sessions {
             connected.front.ask_ages();
             if connected.session.is_some() && connected.front.has_lost_memory() {
                 cut.push(vid);
@@ -563,9 +585,8 @@ impl Controller {
             );
             self.end_session(vid);
         }
-        if !cut.is_empty() {
-            self.settle();
-        }
+        // Also delivers messages that a full mailbox did not take.
+        self.settle();
     }
 
     /// Begins to delete the controller: nobody can connect any more, everybody connected is sent away.

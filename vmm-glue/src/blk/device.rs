@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use ringmill_core::bdev::{Bdev, BdevError, BdevInfo};
 use ringmill_core::io::{IoFlags, IoOp};
 use ringmill_core::limits::SERIAL_BYTES;
+use ringmill_core::reactor::RingError;
 use ringmill_core::stats::QueueStats;
 
 use crate::virtq::QueueError;
@@ -142,6 +143,8 @@ pub enum WorkerEvent {
     Broken(QueueError),
     /// The reactor could not open its way into the bdev; every request fails.
     NoChannel(BdevError),
+    /// The reactor's ring has no place for its notifications; the queue has stopped.
+    NoNotifications(RingError),
 }
 
 /// Where a queue stands.

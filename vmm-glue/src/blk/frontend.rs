@@ -95,6 +95,8 @@ struct Operation {
     /// Rings that have not answered yet.
     waiting: usize,
     base: u32,
+    /// The rings that the operation has quiesced; only they take part in what follows.
+    quiesced: Vec<PollerId>,
 }
 
 /// What the owner has to do after a step.
@@ -115,7 +117,9 @@ pub(super) enum Turn {
 pub(super) struct FrontEnd {
     vid: u64,
     shared: Arc<Shared>,
+    /// `None` from the moment its removal is announced: rings that start then answer every request with an error.
     bdev: Option<Arc<dyn Bdev>>,
+    lost_bdev: bool,
     mem: Arc<MemTable>,
     features: u64,
     pub(super) rings: Vec<Option<RunningRing>>,
@@ -124,6 +128,10 @@ pub(super) struct FrontEnd {
     current: Option<Operation>,
     queued: VecDeque<Kind>,
     operations_count: u64,
+    /// Messages that a reactor's full mailbox did not take.
+    unsent: Vec<(ReactorHandle, Message)>,
+    /// What this front-end's guest chose for the write cache; `None`: nothing yet.
+    wanted_writeback: Option<bool>,
 }
 
 impl FrontEnd {
@@ -132,6 +140,7 @@ impl FrontEnd {
         FrontEnd {
             vid,
             shared,
+            lost_bdev: bdev.is_none(),
             bdev,
             mem: Arc::new(MemTable::new()),
             features: 0,
@@ -140,6 +149,8 @@ impl FrontEnd {
             current: None,
             queued: VecDeque::new(),
             operations_count: 0,
+            unsent: Vec::new(),
+            wanted_writeback: None,
         }
     }
 
@@ -174,6 +185,9 @@ impl FrontEnd {
     /// that can ask for durability (FLUSH or CONFIG_WCE).
     fn apply_cache_mode(&self) {
         if self.active {
+            if let Some(wanted) = self.wanted_writeback {
+                self.shared.device.set_config_writeback(wanted);
+            }
             let can_flush = self.features & (spec::F_FLUSH | spec::F_CONFIG_WCE) != 0;
             let device = &self.shared.device;
             device.set_write_back(device.config_writeback() && can_flush);
@@ -252,12 +266,13 @@ impl FrontEnd {
 
     /// The bdev goes: after this the rings answer every request with an error.
     pub(super) fn lose_bdev(&mut self) {
+        self.bdev = None;
         self.begin(Kind::LoseBdev);
     }
 
     /// True once no ring and no new ring can use the bdev.
     pub(super) fn has_lost_bdev(&self) -> bool {
-        self.bdev.is_none()
+        self.lost_bdev
     }
 
     /// True once a file behind the guest's memory has been truncated: zero pages took its place.
@@ -267,6 +282,7 @@ impl FrontEnd {
 
     /// Moves on as far as possible without waiting.
     pub(super) fn advance(&mut self) -> Turn {
+        self.send_unsent();
         loop {
             if self.current.as_ref().is_some_and(|c| c.waiting > 0) {
                 return Turn::Nothing;
@@ -285,6 +301,7 @@ impl FrontEnd {
                         phase,
                         waiting: 0,
                         base: 0,
+                        quiesced: Vec::new(),
                     };
                     self.current = Some(operation);
                     self.broadcast();
@@ -304,7 +321,8 @@ impl FrontEnd {
         }
     }
 
-    /// Sends the current phase of the current operation to its rings.
+    /// Sends the current phase of the current operation to its rings. A ring whose reactor does not take the message now
+    /// gets it later: what is not answered is not done.
     fn broadcast(&mut self) {
         let Some(operation) = &self.current else { return };
         let (number, phase) = (operation.number, operation.phase);
@@ -312,23 +330,36 @@ impl FrontEnd {
             Kind::Enable(index, _) | Kind::Stop(index) => Some(index),
             _ => None,
         };
-        let mut sent = 0;
+        let quiesces = !matches!(operation.kind, Kind::AddMemory(_) | Kind::Enable(..));
+        let mut messages = Vec::new();
         for index in (0..self.shared.queues_max).filter(|&i| only.is_none_or(|o| o == i)) {
             let ring = self.rings[usize::from(index)].as_ref();
-            let Some((start, (id, reactor))) =
-                ring.and_then(|r| Some((&r.start, r.poller.as_ref()?)))
-            else {
+            let on_reactor = ring.and_then(|r| Some((&r.start, r.poller.as_ref()?)));
+            let Some((start, (id, reactor))) = on_reactor else { continue };
+            if phase == Phase::Apply && quiesces && !operation.quiesced.contains(id) {
                 continue;
-            };
-            let message = self.message(index, *id, number, phase, start);
-            if reactor.send(message).is_ok() {
-                sent += 1;
-            } else {
-                tracing::error!(controller = %self.shared.name, "queue {index}: its reactor does not answer");
             }
+            messages.push((*id, reactor.clone(), self.message(index, *id, number, phase, start)));
         }
         if let Some(operation) = &mut self.current {
-            operation.waiting = sent;
+            operation.waiting = messages.len();
+            if phase == Phase::Quiesce {
+                operation.quiesced = messages.iter().map(|(id, ..)| *id).collect();
+            }
+        }
+        self.unsent.extend(messages.into_iter().map(|(_, reactor, message)| (reactor, message)));
+        self.send_unsent();
+    }
+
+    /// Tries to deliver what has not been delivered.
+    fn send_unsent(&mut self) {
+        for (reactor, message) in std::mem::take(&mut self.unsent) {
+            // Messages to one reactor keep their order.
+            let blocked = self.unsent.iter().any(|(other, _)| other.same(&reactor));
+            match if blocked { Err(message) } else { reactor.try_send(message) } {
+                Ok(()) => {}
+                Err(message) => self.unsent.push((reactor, message)),
+            }
         }
     }
 
@@ -367,11 +398,11 @@ impl FrontEnd {
                     SplitRings::at_user_addrs(&mem, start.size, at.desc.0, at.avail.0, at.used.0);
                 Box::new(move |reactor: &mut Reactor| {
                     let old = reactor.with_poller(id, |worker: &mut SplitWorker, cx| {
-                        let old = windows.map(|windows| worker.set_memory(mem, windows));
+                        let old = worker.set_memory(mem, windows);
                         worker.resume(cx, None);
                         old
                     });
-                    step(None, old.flatten().map(|old| Box::new(old) as Leftover));
+                    step(None, old.map(|old| Box::new(old) as Leftover));
                 })
             }
             (_, Some(&Kind::Enable(_, enabled))) => Box::new(move |reactor: &mut Reactor| {
@@ -448,7 +479,7 @@ impl FrontEnd {
                 Turn::Closed
             }
             Kind::LoseBdev => {
-                self.bdev = None;
+                self.lost_bdev = true;
                 Turn::BdevLost
             }
         }
@@ -456,7 +487,7 @@ impl FrontEnd {
 
     /// Runs `f` on the worker of a ring that is on a reactor.
     fn on_worker(
-        &self,
+        &mut self,
         index: u16,
         f: impl FnOnce(&mut SplitWorker, &mut ReactorCx) + Send + 'static,
     ) {
@@ -469,9 +500,8 @@ impl FrontEnd {
         let message: Message = Box::new(move |reactor: &mut Reactor| {
             reactor.with_poller(id, |worker: &mut SplitWorker, cx| f(worker, cx));
         });
-        if reactor.send(message).is_err() {
-            tracing::error!(controller = %self.shared.name, "queue {index}: its reactor does not answer");
-        }
+        self.unsent.push((reactor.clone(), message));
+        self.send_unsent();
     }
 
     /// Sends what a reactor has no more use for back to the control thread: closing is a system call.
@@ -485,7 +515,7 @@ impl FrontEnd {
     }
 
     /// Asks every busy ring how old its oldest request is; the answers come as events.
-    pub(super) fn ask_ages(&self) {
+    pub(super) fn ask_ages(&mut self) {
         for index in 0..self.shared.queues_max {
             let busy = self.shared.statuses[usize::from(index)].inflight_count() > 0;
             if busy && self.rings[usize::from(index)].is_some() {
@@ -539,7 +569,9 @@ impl Backend for FrontEnd {
     }
 
     fn get_config(&mut self, offset: u32, out: &mut [u8]) -> Result<(), Refusal> {
-        let bytes = config::encode_config(&self.shared.device, self.shared.queues_max);
+        let device = &self.shared.device;
+        let writeback = self.wanted_writeback.map(|on| on && device.info().geometry().write_cache);
+        let bytes = config::encode_config(device, self.shared.queues_max, writeback);
         for (at, byte) in (offset as usize..).zip(out) {
             *byte = bytes.get(at).copied().unwrap_or(0);
         }
@@ -556,7 +588,7 @@ impl Backend for FrontEnd {
             )
             .into()),
             Some(&value @ (0 | 1)) => {
-                self.shared.device.set_config_writeback(value == 1);
+                self.wanted_writeback = Some(value == 1);
                 self.apply_cache_mode();
                 Ok(())
             }
@@ -673,8 +705,8 @@ impl Backend for FrontEnd {
 
 impl FrontEnd {
     /// A device reset undoes what the driver wrote to the configuration space.
-    fn forget_driver(&self) {
-        self.shared.device.set_config_writeback(true);
+    fn forget_driver(&mut self) {
+        self.wanted_writeback = Some(true);
         self.apply_cache_mode();
     }
 

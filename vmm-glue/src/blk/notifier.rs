@@ -8,13 +8,13 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
-use ringmill_core::reactor::{ClientId, ReactorCx};
+use ringmill_core::reactor::{ClientId, ReactorCx, RingError};
 
 use super::QueueStatus;
 use super::coalesce::Coalescer;
 
-const KICK_TOKEN: u64 = 1;
-const CALL_TOKEN: u64 = 2;
+/// Watches are numbered from the next number on: an event of an earlier watch must not be taken for the present one's.
+const CALL_TOKEN: u64 = 1;
 /// Events of one queue that can wait in its inbox; more kicks than that say nothing new.
 const EVENTS_MAX: usize = 16;
 
@@ -26,6 +26,8 @@ pub(super) struct Notifier {
     /// Us → guest. `None`: the guest polls.
     call: Option<Arc<OwnedFd>>,
     client: Option<ClientId>,
+    /// The number of the present watch.
+    watch_token: u64,
     /// A signal is under way.
     call_pending: bool,
     /// Another one is to follow.
@@ -45,6 +47,7 @@ impl Notifier {
             kick,
             call,
             client: None,
+            watch_token: CALL_TOKEN,
             call_pending: false,
             call_owed: false,
             kick_unwatched: false,
@@ -54,22 +57,33 @@ impl Notifier {
     }
 
     /// Joins the reactor's ring and watches for kicks.
+    ///
+    /// # Errors
+    /// The ring has no place.
     #[cold]
-    pub(super) fn attach(&mut self, cx: &mut ReactorCx) {
+    pub(super) fn attach(&mut self, cx: &mut ReactorCx) -> Result<(), RingError> {
         if let Some(ring) = &mut cx.io.ring {
-            self.client = ring.add_client(EVENTS_MAX).ok();
+            self.client = Some(ring.add_client(EVENTS_MAX)?);
         }
         self.watch(cx, true);
+        Ok(())
     }
 
     /// Sends what is due and leaves the ring.
     #[cold]
     pub(super) fn detach(&mut self, cx: &mut ReactorCx, status: &QueueStatus) {
-        if self.coalescer.is_due() {
+        if self.coalescer.is_due() || self.call_owed {
+            // The one under way may be stuck, and it may have come too early.
+            self.call_pending = false;
             self.signal(cx, status);
         }
         self.watch(cx, false);
         if let (Some(ring), Some(client)) = (&mut cx.io.ring, self.client.take()) {
+            if self.call_pending {
+                // Deliver it if it can be delivered; a descriptor that blocks must not keep a kernel worker for ever.
+                ring.commit();
+                ring.cancel(client, CALL_TOKEN);
+            }
             ring.commit();
             ring.remove_client(client);
         }
@@ -121,9 +135,10 @@ impl Notifier {
         self.kick_unwatched = on && cx.io.ring.is_some() && self.kick.is_some();
         if let (Some(ring), Some(client), Some(kick)) = (&mut cx.io.ring, self.client, &self.kick) {
             if on {
-                self.kick_unwatched = !ring.watch(client, KICK_TOKEN, kick.as_raw_fd());
+                self.watch_token += 1;
+                self.kick_unwatched = !ring.watch(client, self.watch_token, kick.as_raw_fd());
             } else {
-                ring.unwatch(client, KICK_TOKEN);
+                ring.unwatch(client, self.watch_token);
             }
             ring.commit();
         }
@@ -172,14 +187,14 @@ impl Notifier {
         let mut call_done = false;
         if let Some(ring) = &mut cx.io.ring {
             while let Some(event) = ring.next_event(client) {
-                match event.token {
-                    KICK_TOKEN => {
-                        kicks += 1;
-                        // A watch that the kernel ended on its own (a full completion queue) is set again.
-                        rearm |= !event.more && event.result != -libc::ECANCELED;
-                    }
-                    _ => call_done = true,
+                if event.token == CALL_TOKEN {
+                    call_done = true;
+                    continue;
                 }
+                kicks += 1;
+                // A watch that the kernel ended on its own (a full completion queue) is set again.
+                let ended = !event.more && event.result != -libc::ECANCELED;
+                rearm |= ended && event.token == self.watch_token;
             }
         }
         status.note_kicks(kicks);

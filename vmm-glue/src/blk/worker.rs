@@ -13,7 +13,7 @@
 use ringmill_core::bdev::{Channel, ChannelSeed};
 use ringmill_core::io::{Completion, IoOp, Slots};
 use ringmill_core::limits::{BATCH_REQUESTS_MAX, PASS_BYTES_MAX, QUEUE_INFLIGHT_MAX};
-use ringmill_core::mem::Segment;
+use ringmill_core::mem::{Segment, lost_mappings_count};
 use ringmill_core::reactor::{Done, Poller, ReactorCx};
 use ringmill_core::units::{len_u32, usize_of};
 
@@ -56,6 +56,8 @@ pub struct QueueWorker<V, T> {
     finished: FinishedList,
     mem_hint: usize,
     notifier: Notifier,
+    /// Mappings of the process that had lost their memory when this queue last looked.
+    lost_seen: u32,
     seed: Option<ChannelSeed>,
     waiting: Vec<Done>,
 }
@@ -79,6 +81,7 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
             finished: FinishedList::default(),
             mem_hint: 0,
             notifier: Notifier::new(parts.kick.take(), parts.call.take()),
+            lost_seen: lost_mappings_count(),
             seed: None,
             waiting: Vec::with_capacity(4),
             state: QueueState::Running,
@@ -168,7 +171,7 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
             }
         }
         self.submit(cx, None);
-        Ok(true)
+        Ok(room > 0)
     }
 
     #[inline]
@@ -224,6 +227,9 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
         }
         cx.completions.clear();
         self.parts.channel.poll(&mut cx.io, &mut cx.completions);
+        if lost_mappings_count() != self.lost_seen {
+            self.look_for_lost_memory();
+        }
         for at in 0..cx.completions.len() {
             let Completion { tag, status } = cx.completions[at];
             let Some(slot) = self.slots.remove(tag) else { continue };
@@ -311,11 +317,13 @@ impl<V: Virtqueue, T: Tracking> Poller for QueueWorker<V, T> {
     }
 
     fn prepare_sleep(&mut self, cx: &mut ReactorCx) -> bool {
-        if self.slots.live_count() > 0 && self.parts.channel.must_poll() {
+        let busy = self.slots.live_count() > 0;
+        if (busy && self.parts.channel.must_poll()) || self.notifier.must_poll(cx) {
             return true;
         }
-        if self.notifier.must_poll(cx) {
-            return true;
+        if busy && self.slots.room().min(self.parts.channel.room(&cx.io).requests) == 0 {
+            // Nothing can be taken before something ends, and that wakes the reactor.
+            return false;
         }
         if self.state != QueueState::Running || !self.parts.enabled {
             return false;
@@ -324,9 +332,7 @@ impl<V: Virtqueue, T: Tracking> Poller for QueueWorker<V, T> {
     }
 
     fn look_after(&mut self, _cx: &mut ReactorCx) {
-        if self.parts.queue.memory_gone() && self.state != QueueState::Broken {
-            self.break_queue(QueueError::MemoryGone);
-        }
+        self.look_for_lost_memory();
     }
 
     fn attach(&mut self, cx: &mut ReactorCx) {
@@ -336,8 +342,12 @@ impl<V: Virtqueue, T: Tracking> Poller for QueueWorker<V, T> {
                 Err(error) => (self.parts.events)(WorkerEvent::NoChannel(error)),
             }
         }
-        self.notifier.attach(cx);
         self.set_state(QueueState::Running);
+        if let Err(error) = self.notifier.attach(cx) {
+            // A queue that can neither hear nor call its guest would only hang it later.
+            self.set_state(QueueState::Broken);
+            return (self.parts.events)(WorkerEvent::NoNotifications(error));
+        }
         // A predecessor that died may have left kicks suppressed or an interrupt unsent: say what holds now, and send
         // one interrupt to be sure. Entries that are there already are found by the first poll.
         self.parts.queue.request_kick();

@@ -250,7 +250,7 @@ impl Sim {
         let mut held = Vec::new();
         if self.dice.chance(500) {
             while cx.io.bounce.free_count() > BOUNCE_LEFT_FEW {
-                held.extend(cx.io.bounce.take());
+                held.extend(cx.io.bounce.take(0));
             }
         }
         self.reactors.push(Reactor { cx, asleep: false, idle: false, queues: Vec::new(), held });
@@ -532,7 +532,7 @@ impl Sim {
             if let (Some(worker), Some(windows)) =
                 (&mut queue.worker, queue.guest.ring.device_rings(&self.world.memory))
             {
-                worker.set_memory(self.world.memory.table(), windows);
+                worker.set_memory(self.world.memory.table(), Some(windows));
             }
             for i in 0..2 {
                 let table = queue.guest.arenas[i].table + bytes_u64(TABLE_BYTES / 2);
@@ -594,7 +594,7 @@ impl Sim {
                 Then::Memory => {
                     let windows = queue.guest.ring.device_rings(&self.world.memory);
                     let windows = windows.ok_or("the rings' memory is gone")?;
-                    worker.set_memory(self.world.memory.table(), windows);
+                    worker.set_memory(self.world.memory.table(), Some(windows));
                     worker.resume(&mut reactor.cx, None);
                 }
                 Then::Stop => {

@@ -110,6 +110,10 @@ impl<'a> ChainWalk<'a> {
             }
             self.readable_bytes += u64::from(len_bytes);
         }
+        if self.fault.is_some() {
+            // The data will not be used: only lengths, order and the status byte's place still matter.
+            return Ok(());
+        }
         match self.mem.translate(GuestAddr(addr), len_bytes, self.hint) {
             Some(segment) if segment.len_bytes() == len_bytes => self.push(segment),
             other => self.add_in_pieces(addr, len_bytes, other),
@@ -139,6 +143,9 @@ impl<'a> ChainWalk<'a> {
                 return;
             };
             self.push(segment);
+            if self.fault.is_some() {
+                return;
+            }
             len_bytes -= segment.len_bytes();
             addr = match addr.checked_add(u64::from(segment.len_bytes())) {
                 Some(next) => next,

@@ -4,10 +4,12 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use ringmill_core::bdev::ChannelSeed;
-use ringmill_core::mem::MemTable;
+use ringmill_core::mem::{MemTable, lost_mappings_count};
 use ringmill_core::reactor::{Done, ReactorCx};
 
-use super::{QueueWorker, Tracking, Virtqueue};
+use crate::virtq::QueueError;
+
+use super::{QueueState, QueueWorker, Tracking, Virtqueue};
 
 impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
     /// Plants `seed` on the reactor that takes the worker in; until then, and if that fails, `parts.channel` serves.
@@ -27,15 +29,23 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
     }
 
     /// Replaces the guest's memory and the windows onto the rings in it. When regions go, the caller quiesces first.
-    /// Returns the old ones, to be dropped by the control thread.
+    /// Without windows (the rings are not in the new memory as they must be) the queue is broken. Returns what was there
+    /// before, to be dropped by the control thread.
     #[cold]
     pub fn set_memory(
         &mut self,
         mem: Arc<MemTable>,
-        windows: V::Windows,
-    ) -> (Arc<MemTable>, V::Windows) {
+        windows: Option<V::Windows>,
+    ) -> (Arc<MemTable>, Option<V::Windows>) {
         self.mem_hint = 0;
-        (std::mem::replace(&mut self.parts.mem, mem), self.parts.queue.relocate(windows))
+        let old = match windows {
+            Some(windows) => Some(self.parts.queue.relocate(windows)),
+            None => {
+                self.break_queue(QueueError::MemoryGone);
+                None
+            }
+        };
+        (std::mem::replace(&mut self.parts.mem, mem), old)
     }
 
     /// Replaces the call fd and signals it once, in case the old one missed something.
@@ -80,5 +90,17 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
     #[cold]
     pub fn oldest_age_ns(&self, now_ns: u64) -> Option<u64> {
         self.slots.iter().map(|(_, slot)| now_ns.saturating_sub(slot.submitted_ns)).max()
+    }
+
+    /// Some mapping of the process has lost its memory. If it was this guest's, its data was zeroes a moment ago: nothing
+    /// that was copied may be called done.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn look_for_lost_memory(&mut self) {
+        self.lost_seen = lost_mappings_count();
+        let gone = self.parts.queue.memory_gone() || self.parts.mem.failed();
+        if gone && self.state != QueueState::Broken {
+            self.break_queue(QueueError::MemoryGone);
+        }
     }
 }
