@@ -14,6 +14,6 @@ mod registry;
 
 pub use align::{AlignChannel, Alignment};
 pub use block_lock::BlockLocks;
-pub use channel::{Channel, GoneChannel, ReadyQueue, Room};
+pub use channel::{Channel, InstantChannel, ReadyQueue, Room};
 pub use info::{Bdev, BdevError, BdevInfo, ChannelSeed, Geometry};
 pub use registry::{BdevEvent, Claim, Listener, Registry, RegistryError};

@@ -8,7 +8,8 @@ use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use ringmill_core::bdev::{Bdev, GoneChannel};
+use ringmill_core::IoStatus;
+use ringmill_core::bdev::{Bdev, InstantChannel};
 use ringmill_core::limits::MEMORY_REGIONS_MAX;
 use ringmill_core::mem::{Mapping, MemTable, RegionSpec};
 use ringmill_core::reactor::{Done, Message, Poller, PollerId, Reactor, ReactorCx, ReactorHandle};
@@ -223,7 +224,7 @@ impl FrontEnd {
             tracking: NoTracking,
             mem: Arc::clone(&self.mem),
             device: Arc::clone(&self.shared.device),
-            channel: Box::new(GoneChannel::default()),
+            channel: Box::new(InstantChannel::new(IoStatus::Gone)),
             status: Arc::clone(&self.shared.statuses[usize::from(index)]),
             kick: start.kick,
             call: start.call,
@@ -418,7 +419,7 @@ impl FrontEnd {
                 }
             }),
             (_, Some(Kind::LoseBdev)) => {
-                let gone = Box::new(GoneChannel::default());
+                let gone = Box::new(InstantChannel::new(IoStatus::Gone));
                 Box::new(move |reactor: &mut Reactor| {
                     let old = reactor.with_poller(id, |worker: &mut SplitWorker, cx| {
                         worker.resume(cx, Some(gone))

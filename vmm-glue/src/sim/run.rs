@@ -9,7 +9,8 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use ringmill_core::bdev::{AlignChannel, Alignment, Bdev, BlockLocks, Channel, GoneChannel};
+use ringmill_core::IoStatus;
+use ringmill_core::bdev::{AlignChannel, Alignment, Bdev, BlockLocks, Channel, InstantChannel};
 use ringmill_core::io::IoOp;
 use ringmill_core::limits::{BLOCK_LOCK_BUCKETS, BLOCK_LOCK_SPAN_BYTES};
 use ringmill_core::mem::Bounce;
@@ -574,7 +575,7 @@ impl Sim {
         for &at in queues {
             let channel: Option<Box<dyn Channel>> = match then {
                 Then::Swap => Some(self.channel()),
-                Then::Gone => Some(Box::new(GoneChannel::default())),
+                Then::Gone => Some(Box::new(InstantChannel::new(IoStatus::Gone))),
                 _ => None,
             };
             let queue = &mut self.queues[at];

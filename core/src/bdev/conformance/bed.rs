@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::bdev::{Bdev, Channel, GoneChannel};
+use crate::bdev::{Bdev, Channel, InstantChannel};
 use crate::io::{Completions, IoFlags, IoOp, IoRequest, Slots, Tag};
 use crate::limits::{BOUNCE_BUFFERS, QUEUE_INFLIGHT_MAX};
 use crate::mem::{MemTable, Segment};
@@ -175,7 +175,7 @@ impl TestBed {
     pub fn remove(&mut self) {
         self.drain();
         self.channel.close(&mut self.cx.io);
-        self.channel = Box::new(GoneChannel::default());
+        self.channel = Box::new(InstantChannel::new(IoStatus::Gone));
     }
 
     /// Ends the bed: drains, and looks some more for completions that nobody asked for.
