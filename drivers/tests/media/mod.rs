@@ -11,9 +11,17 @@ use std::time::Duration;
 use ringmill_drivers::uring::{CacheMode, UringBdev, UringOptions};
 use tempfile::TempDir;
 
-/// Says that a test could not run here, and why.
+/// Says that a test could not run here, and why; also to the file that collects such lines.
 pub(crate) fn skipped(name: &str, reason: &str) {
-    eprintln!("SKIPPED {name}: {reason}");
+    let line = format!("SKIPPED {name}: {reason}");
+    eprintln!("{line}");
+    if let Some(path) = std::env::var_os("RINGMILL_SKIPPED_FILE") {
+        let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
+        let written = file.and_then(|mut file| {
+            std::io::Write::write_all(&mut file, format!("{line}\n").as_bytes())
+        });
+        written.expect("RINGMILL_SKIPPED_FILE is writable");
+    }
 }
 
 /// A directory on the disk's filesystem: beside the build's other results, never on a RAM disk.
