@@ -16,7 +16,7 @@ pub(crate) fn skipped(name: &str, reason: &str) {
     let line = format!("SKIPPED {name}: {reason}");
     eprintln!("{line}");
     if let Some(path) = std::env::var_os("RINGMILL_SKIPPED_FILE") {
-        let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
+        let file = fs::OpenOptions::new().append(true).create(true).open(path);
         let written = file.and_then(|mut file| {
             std::io::Write::write_all(&mut file, format!("{line}\n").as_bytes())
         });
