@@ -209,11 +209,13 @@ impl LatencySnapshot {
         })
     }
 
-    /// As an HDR histogram with 3 significant digits over 1 ns … 1 h.
+    /// As an HDR histogram with 3 significant digits, from 1 ns to the largest value (at most 1 h).
     #[must_use]
     #[cold]
     pub fn to_histogram(&self) -> Histogram<u64> {
-        let Ok(mut histogram) = Histogram::<u64>::new_with_bounds(1, 3_600_000_000_000, 3) else {
+        // As large as its values need: hundreds of rows are made for one answer.
+        let highest_ns = self.max_ns.clamp(1 << 12, 3_600_000_000_000);
+        let Ok(mut histogram) = Histogram::<u64>::new_with_bounds(1, highest_ns, 3) else {
             return Histogram::new(3)
                 .unwrap_or_else(|_| unreachable!("3 digits is a valid precision"));
         };
