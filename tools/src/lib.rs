@@ -7,4 +7,5 @@ pub mod demo;
 pub mod guest_lab;
 pub mod hist;
 pub mod load;
+pub mod perf;
 pub mod rpc;
