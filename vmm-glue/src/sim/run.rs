@@ -286,7 +286,7 @@ impl Sim {
         );
         let reactor = at % self.reactors.len();
         self.reactors[reactor].queues.push(at);
-        let status = Arc::new(QueueStatus::new(QueueStats::new_shared()));
+        let status = Arc::new(QueueStatus::new(QueueStats::new_shared().expect("memory")));
         self.queues.push(Queue { guest, worker: None, status, reactor, base: start });
         self.start_worker(at)
     }
