@@ -29,6 +29,7 @@ mod control;
 mod finished;
 mod parts;
 
+pub use control::WorkerControl;
 pub use parts::WorkerParts;
 
 use finished::{Finished, FinishedList};

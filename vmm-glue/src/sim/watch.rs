@@ -9,7 +9,7 @@ use ringmill_core::io::Batch;
 use ringmill_core::mem::{MemTable, Segment};
 
 use crate::blk::Tracking;
-use crate::virtq::{Chain, QueueError, SplitQueue, SplitRings, Virtqueue};
+use crate::virtq::{Chain, QueueError, RingWindows, SplitQueue, Virtqueue};
 
 /// What a status byte holds before the device writes it.
 pub(super) const STATUS_UNSET: u8 = 0xaa;
@@ -65,9 +65,7 @@ impl WatchedQueue {
 }
 
 impl Virtqueue for WatchedQueue {
-    type Windows = SplitRings;
-
-    fn relocate(&mut self, windows: SplitRings) -> SplitRings {
+    fn relocate(&mut self, windows: RingWindows) -> RingWindows {
         self.inner.relocate(windows)
     }
 

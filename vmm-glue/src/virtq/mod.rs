@@ -6,10 +6,12 @@
 mod chain;
 mod notify;
 mod split;
+mod windows;
 
 pub use chain::{Chain, ChainFault};
 pub use notify::needs_event;
-pub use split::{SplitQueue, SplitRings};
+pub use split::SplitQueue;
+pub use windows::RingWindows;
 
 use ringmill_core::io::Batch;
 use ringmill_core::mem::MemTable;
@@ -79,11 +81,8 @@ pub enum QueueError {
 
 /// A ring as the worker uses it.
 pub trait Virtqueue: Send + 'static {
-    /// Views of the shared memory that the ring lies in.
-    type Windows: Send;
-
     /// Goes on in other windows onto the same ring (the front-end has laid its memory out anew); returns the old ones.
-    fn relocate(&mut self, windows: Self::Windows) -> Self::Windows;
+    fn relocate(&mut self, windows: RingWindows) -> RingWindows;
 
     /// Reads the guest's index once: entries that can be taken now.
     ///
