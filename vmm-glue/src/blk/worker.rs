@@ -116,7 +116,7 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
     fn put_back(&mut self, head: u16, seen_ns: u64) {
         self.unmark(head);
         self.parts.tracking.put_back(head);
-        self.parts.queue.unpop(1);
+        self.parts.queue.unpop(head);
         self.arrivals.put_back(seen_ns);
     }
 

@@ -82,8 +82,8 @@ impl Virtqueue for WatchedQueue {
         self.inner.pop(mem, hint, batch)
     }
 
-    fn unpop(&mut self, count: u16) {
-        self.inner.unpop(count);
+    fn unpop(&mut self, head: u16) {
+        self.inner.unpop(head);
     }
 
     fn put_used(&mut self, head: u16, written_bytes: u32) {

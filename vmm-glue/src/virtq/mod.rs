@@ -102,8 +102,8 @@ pub trait Virtqueue: Send + 'static {
         batch: &mut Batch,
     ) -> Result<Option<Chain>, QueueError>;
 
-    /// Puts back the last `count` chains taken; they will be popped again.
-    fn unpop(&mut self, count: u16);
+    /// Puts back the chain that was taken last, `head`; it will be popped again. Called in reverse order for several.
+    fn unpop(&mut self, head: u16);
 
     /// Writes a used element; the guest sees it after `publish`.
     fn put_used(&mut self, head: u16, written_bytes: u32);

@@ -210,8 +210,8 @@ impl Virtqueue for SplitQueue {
     }
 
     #[inline]
-    fn unpop(&mut self, count: u16) {
-        self.next_avail = self.next_avail.wrapping_sub(count);
+    fn unpop(&mut self, _head: u16) {
+        self.next_avail = self.next_avail.wrapping_sub(1);
     }
 
     #[inline]
