@@ -225,7 +225,10 @@ impl FrontEnd {
             }
             None => None,
         };
-        let worker = format::worker(&start, windows, self.features, parts, seed);
+        let Some(worker) = format::worker(&start, windows, self.features, parts, seed) else {
+            tracing::error!(controller = %self.shared.name, "queue {index}: no ring of {} entries goes on at {:#x}", start.size, start.base);
+            return;
+        };
         let reactor = self.shared.reactor_of(index).clone();
         let id = PollerId::next();
         let name = format!("{}:{index}", self.shared.name);
