@@ -21,7 +21,7 @@ use ringmill_core::limits::{PACKED_LOOK_DESCRIPTORS_MAX, QUEUE_SIZE_MAX};
 use ringmill_core::mem::MemTable;
 use ringmill_core::spec::virtio_ring::{
     DESC_BYTES, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, EVENT_FLAGS_DESC, EVENT_FLAGS_DISABLE,
-    EVENT_FLAGS_ENABLE,
+    EVENT_FLAGS_ENABLE, PACKED_DESC_F_AVAIL, PACKED_DESC_F_USED,
 };
 use ringmill_core::units::index;
 
@@ -96,7 +96,7 @@ impl PackedQueue {
         indirect: bool,
     ) -> Option<PackedQueue> {
         let (next, used) = PackedQueue::positions(size, base)?;
-        Some(PackedQueue {
+        let mut queue = PackedQueue {
             rings,
             size,
             event_idx,
@@ -109,7 +109,21 @@ impl PackedQueue {
             published: used,
             held: None,
             lens: std::iter::repeat_n(0, usize::from(size)).collect(),
-        })
+        };
+        if base == 0 && queue.is_first_lap() {
+            queue.used.forward(size, size);
+            (queue.next, queue.seen, queue.published) = (queue.used, queue.used, queue.used);
+        }
+        Some(queue)
+    }
+
+    /// QUIRK: the virtio-driver crate (0.6) starts packed rings at base 0, as if they were split; that names the second
+    /// lap. But behind a first lap the last descriptor is marked available or used in it, or available in the second.
+    #[cold]
+    fn is_first_lap(&self) -> bool {
+        let mut last = self.next;
+        last.back(1, self.size);
+        self.flags(last) & (PACKED_DESC_F_AVAIL | PACKED_DESC_F_USED) == 0
     }
 
     /// Whether a ring of `size` entries can go on at `base`.
