@@ -69,6 +69,12 @@ pub enum QueueError {
         /// Entries in the ring.
         size: u16,
     },
+    /// A list whose later descriptors were not made available with its first (virtio 1.2 §2.8.6).
+    #[error("a chain goes on at entry {at} of the packed ring, which is not marked as available")]
+    Torn {
+        /// Where it goes on.
+        at: u16,
+    },
     /// Descriptors that changed after they had been made available.
     #[error(
         "the driver changed descriptors of the packed ring after it had made them available, at or before entry {at}"
@@ -119,7 +125,7 @@ pub trait Virtqueue: Send + 'static {
     /// and looks ahead over the descriptors, each once, a bounded number per call: what is not counted now is later.
     ///
     /// # Errors
-    /// [`QueueError::IndexJump`], [`QueueError::Overrun`].
+    /// [`QueueError::IndexJump`], [`QueueError::Overrun`], [`QueueError::Torn`].
     fn available(&mut self) -> Result<u16, QueueError>;
 
     /// Takes the next chain (`available` said that there is one), translated into the batch's segment list; `Ok(None)`

@@ -263,6 +263,9 @@ impl Virtqueue for PackedQueue {
                     return Err(self.overrun(head));
                 }
                 flags = self.flags(self.seen);
+                if !self.seen.is_available(flags) {
+                    return Err(QueueError::Torn { at: self.seen.at() });
+                }
             }
             self.seen_count += 1;
         }
@@ -303,6 +306,9 @@ impl Virtqueue for PackedQueue {
             }
             len += 1;
             word = self.word(at);
+            if !at.is_available(Descriptor::from_words(0, word).flags) {
+                return Err(QueueError::Torn { at: at.at() });
+            }
         };
         if id >= self.size {
             return Err(QueueError::BufferId { id, size: self.size });
