@@ -75,6 +75,16 @@ pub const MAILBOX_MESSAGES_MAX: usize = 4096;
 /// Messages that a reactor handles per pass, so that a flood of control messages does not starve guests.
 pub const MAILBOX_MESSAGES_PER_PASS: usize = 16;
 
+/// A poller that has found nothing for this long is parked: many times the pause between a busy guest's requests, and
+/// short enough that a thousand idle disks are polled for a moment only.
+pub const PARK_PATIENCE_LEAST_NS: u64 = 2_000_000;
+
+/// The longest patience of a poller that is always woken soon after it was parked.
+pub const PARK_PATIENCE_MOST_NS: u64 = 256_000_000;
+
+/// A poller that stayed parked for this long starts again with the least patience.
+pub const PARK_REST_LONG_NS: u64 = 1_000_000_000;
+
 /// Reactors of one daemon; also the width of every core mask.
 pub const CORES_MAX: usize = 1024;
 
@@ -95,5 +105,6 @@ const _: () = assert!(CHAIN_DESCRIPTORS_MAX >= QUEUE_SIZE_MAX as usize);
 const _: () = assert!(SEGMENTS_MEDIUM < CHAIN_DESCRIPTORS_MAX);
 const _: () = assert!(BLOCK_BYTES_MAX as usize * 2 <= BOUNCE_BYTES);
 const _: () = assert!(BATCH_REQUESTS_MAX <= QUEUE_INFLIGHT_MAX);
+const _: () = assert!(PARK_PATIENCE_MOST_NS < PARK_REST_LONG_NS);
 const _: () = assert!(RING_CQ_ENTRIES >= 2 * RING_SQ_ENTRIES);
 const _: () = assert!(RING_CLIENTS_MAX <= u16::MAX as usize);

@@ -14,7 +14,7 @@ use ringmill_core::bdev::{Channel, ChannelSeed};
 use ringmill_core::io::{Completion, IoOp, Slots};
 use ringmill_core::limits::{BATCH_REQUESTS_MAX, PASS_BYTES_MAX, QUEUE_INFLIGHT_MAX};
 use ringmill_core::mem::{Segment, lost_mappings_count};
-use ringmill_core::reactor::{Done, Poller, ReactorCx};
+use ringmill_core::reactor::{ClientId, Done, Poller, ReactorCx};
 use ringmill_core::units::{len_u32, usize_of};
 
 use crate::virtq::{Chain, QueueError, Virtqueue};
@@ -88,26 +88,6 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
             state: QueueState::Running,
             parts,
         }
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn break_queue(&mut self, error: QueueError) {
-        self.state = QueueState::Broken;
-        self.parts.status.set_state(QueueState::Broken);
-        (self.parts.events)(WorkerEvent::Broken(error));
-    }
-
-    /// Ends the queue in the middle of an intake: what was popped and not yet handed over is forgotten.
-    #[cold]
-    #[inline(never)]
-    fn abandon(&mut self, cx: &mut ReactorCx, error: QueueError) {
-        for tag in cx.batch.view().tags() {
-            self.slots.remove(tag);
-        }
-        cx.batch.clear();
-        self.arrivals.clear();
-        self.break_queue(error);
     }
 
     /// Puts the entry that was taken last back to the ring; it keeps the time at which it was seen.
@@ -273,17 +253,6 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
         self.parts.status.show(len_u32(self.slots.live_count()), avail.into(), used.into());
     }
 
-    #[cold]
-    #[inline(never)]
-    fn drained(&mut self) {
-        if self.state == QueueState::Draining {
-            self.set_state(QueueState::Quiesced);
-        }
-        for done in self.waiting.drain(..) {
-            done();
-        }
-    }
-
     fn set_state(&mut self, state: QueueState) {
         self.state = state;
         self.parts.status.set_state(state);
@@ -330,6 +299,13 @@ impl<V: Virtqueue, T: Tracking> Poller for QueueWorker<V, T> {
             return false;
         }
         !self.notifier.hears_kicks() || self.parts.queue.request_kick()
+    }
+
+    fn park(&mut self, cx: &mut ReactorCx) -> Option<ClientId> {
+        if self.slots.live_count() > 0 || !self.waiting.is_empty() || self.prepare_sleep(cx) {
+            return None;
+        }
+        self.notifier.client()
     }
 
     fn look_after(&mut self, _cx: &mut ReactorCx) {
