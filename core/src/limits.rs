@@ -14,6 +14,10 @@ pub const QUEUE_SIZE_MAX: u16 = 32768;
 /// Descriptors in one chain. Windows' viostor sends chains longer than the queue, so the bound is the largest queue.
 pub const CHAIN_DESCRIPTORS_MAX: usize = 32768;
 
+/// Descriptors of a packed ring that a pass looks at beyond those it knows: more than a batch takes, so that waiting
+/// entries are counted soon, and few enough for a pass to stay short.
+pub const PACKED_LOOK_DESCRIPTORS_MAX: u16 = 512;
+
 /// Segments that one batch can hold; one chain of the largest size always fits into an empty batch.
 pub const BATCH_SEGMENTS_MAX: usize = CHAIN_DESCRIPTORS_MAX;
 

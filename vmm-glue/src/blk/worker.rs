@@ -29,6 +29,7 @@ mod control;
 mod finished;
 mod parts;
 
+pub use control::WorkerControl;
 pub use parts::WorkerParts;
 
 use finished::{Finished, FinishedList};
@@ -95,7 +96,7 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
     fn put_back(&mut self, head: u16, seen_ns: u64) {
         self.unmark(head);
         self.parts.tracking.put_back(head);
-        self.parts.queue.unpop(1);
+        self.parts.queue.unpop(head);
         self.arrivals.put_back(seen_ns);
     }
 
@@ -248,8 +249,8 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
 
     #[inline]
     fn show(&self) {
-        let (avail, used) = (self.parts.queue.base(), u32::from(self.parts.queue.used_index()));
-        self.parts.status.show(len_u32(self.slots.live_count()), avail, used);
+        let (avail, used) = self.parts.queue.indices();
+        self.parts.status.show(len_u32(self.slots.live_count()), avail.into(), used.into());
     }
 
     fn set_state(&mut self, state: QueueState) {
