@@ -2,6 +2,7 @@
 
 mod clock;
 mod context;
+mod fair;
 mod handle;
 mod pass;
 mod poller;
@@ -10,6 +11,7 @@ mod sleep;
 
 pub use clock::{Clock, Entropy, ns_to_ticks, tick_rate, ticks_now};
 pub use context::{IoCx, ReactorCx};
+pub use fair::{Fair, Share};
 pub use handle::{
     IdlePolicy, Message, ReactorConfig, ReactorError, ReactorHandle, ReactorStats, spawn,
 };
