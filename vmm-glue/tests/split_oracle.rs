@@ -167,9 +167,10 @@ impl Pair {
         }
         // Putting back and taking again changes nothing.
         if take > 0 && self.dice.chance(200) {
-            self.ours.unpop(1);
+            let last = *self.taken.last().expect("just taken");
+            self.ours.unpop(last);
             let again = self.ours.pop(&table, &mut 0, &mut self.batch).expect("valid as before");
-            assert_eq!(again.map(|c| c.head), self.taken.last().copied());
+            assert_eq!(again.map(|c| c.head), Some(last));
         }
         assert_eq!(self.ours.base(), u32::from(self.oracle.next_avail()));
     }

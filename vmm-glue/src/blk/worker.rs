@@ -29,6 +29,7 @@ mod control;
 mod finished;
 mod parts;
 
+pub use control::WorkerControl;
 pub use parts::WorkerParts;
 
 use finished::{Finished, FinishedList};
@@ -118,7 +119,7 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
     fn put_back(&mut self, head: u16, seen_ns: u64) {
         self.unmark(head);
         self.parts.tracking.put_back(head);
-        self.parts.queue.unpop(1);
+        self.parts.queue.unpop(head);
         self.arrivals.put_back(seen_ns);
     }
 

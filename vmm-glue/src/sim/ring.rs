@@ -10,7 +10,7 @@ use ringmill_core::spec::virtio_ring::{
 };
 use ringmill_core::units::{bytes_u64, index, len_u32};
 
-use crate::virtq::SplitRings;
+use crate::virtq::RingWindows;
 
 use super::{Dice, GuestMemory};
 
@@ -85,8 +85,8 @@ impl DriverRing {
 
     /// The device's windows onto this ring.
     #[must_use]
-    pub fn device_rings(&self, memory: &GuestMemory) -> Option<SplitRings> {
-        SplitRings::at_user_addrs(
+    pub fn device_rings(&self, memory: &GuestMemory) -> Option<RingWindows> {
+        RingWindows::split(
             &memory.table(),
             self.size,
             GuestMemory::user_addr(self.desc),

@@ -18,7 +18,7 @@ use ringmill_core::reactor::{Done, Poller, ReactorCx};
 use ringmill_core::stats::QueueStats;
 use ringmill_core::units::{bytes_u64, usize_of};
 
-use crate::blk::{BlkDevice, QueueStatus, QueueWorker, WorkerEvent, WorkerParts};
+use crate::blk::{BlkDevice, QueueStatus, QueueWorker, WorkerControl, WorkerEvent, WorkerParts};
 use crate::virtq::SplitQueue;
 
 use super::disk::{DiskRules, ModelBdev, ModelDisk};

@@ -9,7 +9,7 @@ use ringmill_core::io::Batch;
 use ringmill_core::mem::{MemTable, Segment};
 
 use crate::blk::Tracking;
-use crate::virtq::{Chain, QueueError, SplitQueue, SplitRings, Virtqueue};
+use crate::virtq::{Chain, QueueError, RingWindows, SplitQueue, Virtqueue};
 
 /// What a status byte holds before the device writes it.
 pub(super) const STATUS_UNSET: u8 = 0xaa;
@@ -65,9 +65,7 @@ impl WatchedQueue {
 }
 
 impl Virtqueue for WatchedQueue {
-    type Windows = SplitRings;
-
-    fn relocate(&mut self, windows: SplitRings) -> SplitRings {
+    fn relocate(&mut self, windows: RingWindows) -> RingWindows {
         self.inner.relocate(windows)
     }
 
@@ -84,8 +82,8 @@ impl Virtqueue for WatchedQueue {
         self.inner.pop(mem, hint, batch)
     }
 
-    fn unpop(&mut self, count: u16) {
-        self.inner.unpop(count);
+    fn unpop(&mut self, head: u16) {
+        self.inner.unpop(head);
     }
 
     fn put_used(&mut self, head: u16, written_bytes: u32) {

@@ -6,10 +6,12 @@
 mod chain;
 mod notify;
 mod split;
+mod windows;
 
 pub use chain::{Chain, ChainFault};
 pub use notify::needs_event;
-pub use split::{SplitQueue, SplitRings};
+pub use split::SplitQueue;
+pub use windows::RingWindows;
 
 use ringmill_core::io::Batch;
 use ringmill_core::mem::MemTable;
@@ -79,11 +81,8 @@ pub enum QueueError {
 
 /// A ring as the worker uses it.
 pub trait Virtqueue: Send + 'static {
-    /// Views of the shared memory that the ring lies in.
-    type Windows: Send;
-
     /// Goes on in other windows onto the same ring (the front-end has laid its memory out anew); returns the old ones.
-    fn relocate(&mut self, windows: Self::Windows) -> Self::Windows;
+    fn relocate(&mut self, windows: RingWindows) -> RingWindows;
 
     /// Reads the guest's index once: entries that can be taken now.
     ///
@@ -103,8 +102,8 @@ pub trait Virtqueue: Send + 'static {
         batch: &mut Batch,
     ) -> Result<Option<Chain>, QueueError>;
 
-    /// Puts back the last `count` chains taken; they will be popped again.
-    fn unpop(&mut self, count: u16);
+    /// Puts back the chain that was taken last, `head`; it will be popped again. Called in reverse order for several.
+    fn unpop(&mut self, head: u16);
 
     /// Writes a used element; the guest sees it after `publish`.
     fn put_used(&mut self, head: u16, written_bytes: u32);
