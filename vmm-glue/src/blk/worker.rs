@@ -25,6 +25,7 @@ use super::request::{Parsed, parse};
 use super::{QueueState, Tracking, WorkerEvent};
 
 mod answer;
+mod breakdown;
 mod control;
 mod finished;
 mod parts;
@@ -91,26 +92,6 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
             state: QueueState::Running,
             parts,
         }
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn break_queue(&mut self, error: QueueError) {
-        self.state = QueueState::Broken;
-        self.parts.status.set_state(QueueState::Broken);
-        (self.parts.events)(WorkerEvent::Broken(error));
-    }
-
-    /// Ends the queue in the middle of an intake: what was popped and not yet handed over is forgotten.
-    #[cold]
-    #[inline(never)]
-    fn abandon(&mut self, cx: &mut ReactorCx, error: QueueError) {
-        for tag in cx.batch.view().tags() {
-            self.slots.remove(tag);
-        }
-        cx.batch.clear();
-        self.arrivals.clear();
-        self.break_queue(error);
     }
 
     /// Puts the entry that was taken last back to the ring; it keeps the time at which it was seen.
