@@ -262,6 +262,23 @@ impl Reactor {
     }
 
     #[cold]
+    pub(super) fn admit(
+        &mut self,
+        id: PollerId,
+        poller: Box<dyn Poller>,
+        counters: Arc<PollerCounters>,
+        period_ns: u64,
+    ) {
+        let entry = self.take_in(id, poller, counters);
+        if period_ns == 0 {
+            self.pollers.push(entry);
+        } else {
+            let due_ns = self.cx.pass_ns + period_ns;
+            self.timed.push(Timed { entry, period_ns, due_ns });
+        }
+    }
+
+    #[cold]
     fn position(&self, id: PollerId) -> Option<usize> {
         self.pollers.iter().position(|e| e.id == id)
     }
@@ -324,15 +341,8 @@ impl ReactorHandle {
             counters: Arc::clone(&counters),
         };
         self.list_poller(info);
-        let sent = self.send(Box::new(move |reactor| {
-            let entry = reactor.take_in(id, poller, counters);
-            if period_ns == 0 {
-                reactor.pollers.push(entry);
-            } else {
-                let due_ns = reactor.cx.pass_ns + period_ns;
-                reactor.timed.push(Timed { entry, period_ns, due_ns });
-            }
-        }));
+        let sent =
+            self.send(Box::new(move |reactor| reactor.admit(id, poller, counters, period_ns)));
         if sent.is_err() {
             self.unlist_poller(id);
         }

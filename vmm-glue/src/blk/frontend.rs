@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ringmill_core::IoStatus;
 use ringmill_core::bdev::{Bdev, InstantChannel};
@@ -22,9 +22,14 @@ use crate::vhost_user::{
 
 use super::event::{EventKind, EventSender, Leftover};
 use super::format::{self, with_worker};
+use super::places::Places;
 use super::{
     BlkDevice, NoTracking, QueueStatus, WorkerControl, WorkerParts, config, device_features,
 };
+
+mod moving;
+
+use moving::{Move, Transit};
 
 /// What a controller lends to its front-ends.
 #[derive(Debug)]
@@ -33,16 +38,24 @@ pub(super) struct Shared {
     pub(super) name: String,
     pub(super) device: Arc<BlkDevice>,
     pub(super) queues_max: u16,
-    pub(super) reactors: Vec<ReactorHandle>,
-    /// Spreads the first queues of different disks over the reactors.
-    pub(super) reactor_offset: usize,
+    pub(super) places: Mutex<Places>,
     pub(super) statuses: Vec<Arc<QueueStatus>>,
     pub(super) events: EventSender,
 }
 
 impl Shared {
-    fn reactor_of(&self, index: u16) -> &ReactorHandle {
-        &self.reactors[(usize::from(index) + self.reactor_offset) % self.reactors.len()]
+    /// Only the control thread locks it, for moments.
+    pub(super) fn places(&self) -> MutexGuard<'_, Places> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn reactor_of(&self, index: u16) -> ReactorHandle {
+        self.places().of(index).clone()
+    }
+
+    /// A queue stays where it is, whatever the mask says.
+    fn stay(&self, index: u16, reactor: &ReactorHandle) {
+        self.places().set_own(index, vec![reactor.clone()]);
     }
 }
 
@@ -51,6 +64,8 @@ impl Shared {
 pub(super) struct RunningRing {
     start: RingStart,
     pub(super) poller: Option<(PollerId, ReactorHandle)>,
+    /// Its worker is between two reactors.
+    transit: Option<Transit>,
     pub(super) oldest_age_ns: Option<u64>,
     pub(super) stuck_count: u64,
 }
@@ -77,12 +92,16 @@ enum Kind {
     Close,
     /// The bdev is being removed.
     LoseBdev,
+    /// Queues go to other reactors.
+    Move(Move),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
     Quiesce,
     Apply,
+    /// Only of a move: what was taken goes to its new reactor.
+    Place,
 }
 
 struct Operation {
@@ -108,6 +127,8 @@ pub(super) enum Turn {
     Closed,
     /// Its rings have let go of the bdev.
     BdevLost,
+    /// The move of this ticket is over; what went wrong.
+    Moved(u64, Option<String>),
 }
 
 /// One front-end's device.
@@ -194,7 +215,7 @@ impl FrontEnd {
     /// Puts a started ring on its reactor.
     fn launch(&mut self, index: u16) {
         let Some(ring) = &self.rings[usize::from(index)] else { return };
-        if !self.active || ring.poller.is_some() {
+        if !self.active || ring.poller.is_some() || ring.transit.is_some() {
             return;
         }
         let (vid, number, events) = (self.vid, self.shared.number, self.shared.events.clone());
@@ -226,7 +247,7 @@ impl FrontEnd {
             None => None,
         };
         let worker = format::worker(&start, windows, self.features, parts, seed);
-        let reactor = self.shared.reactor_of(index).clone();
+        let reactor = self.shared.reactor_of(index);
         let id = PollerId::next();
         let name = format!("{}:{index}", self.shared.name);
         if reactor.add_poller(id, &name, 0, worker) {
@@ -275,7 +296,12 @@ impl FrontEnd {
             }
             match self.current.take() {
                 None => {
-                    let Some(kind) = self.queued.pop_front() else { return Turn::Nothing };
+                    let Some(mut kind) = self.queued.pop_front() else {
+                        return Turn::Nothing;
+                    };
+                    if let Kind::Move(a_move) = &mut kind {
+                        self.prepare_move(a_move);
+                    }
                     self.operations_count += 1;
                     let phase = match kind {
                         Kind::AddMemory(_) | Kind::Enable(..) => Phase::Apply,
@@ -296,6 +322,14 @@ impl FrontEnd {
                     operation.phase = Phase::Apply;
                     self.current = Some(operation);
                     self.broadcast();
+                }
+                Some(mut operation)
+                    if operation.phase == Phase::Apply
+                        && matches!(operation.kind, Kind::Move(_)) =>
+                {
+                    operation.phase = Phase::Place;
+                    self.current = Some(operation);
+                    self.place_all();
                 }
                 Some(operation) => {
                     let turn = self.finish(operation);
@@ -319,6 +353,11 @@ impl FrontEnd {
         let quiesces = !matches!(operation.kind, Kind::AddMemory(_) | Kind::Enable(..));
         let mut messages = Vec::new();
         for index in (0..self.shared.queues_max).filter(|&i| only.is_none_or(|o| o == i)) {
+            if let Kind::Move(a_move) = &operation.kind
+                && !a_move.concerns(index)
+            {
+                continue;
+            }
             let ring = self.rings[usize::from(index)].as_ref();
             let on_reactor = ring.and_then(|r| Some((&r.start, r.poller.as_ref()?)));
             let Some((start, (id, reactor))) = on_reactor else { continue };
@@ -334,6 +373,9 @@ impl FrontEnd {
             }
         }
         self.unsent.extend(messages.into_iter().map(|(_, reactor, message)| (reactor, message)));
+        if phase == Phase::Apply {
+            self.mark_in_transit();
+        }
         self.send_unsent();
     }
 
@@ -408,6 +450,7 @@ impl FrontEnd {
                     step(None, old.flatten().map(|old| Box::new(old) as Leftover));
                 })
             }
+            (_, Some(Kind::Move(_))) => self.take_message(index, id, operation),
             (_, Some(Kind::Stop(_) | Kind::Reset | Kind::Close) | None) => {
                 Box::new(move |reactor: &mut Reactor| {
                     let base = with_worker(reactor, id, |worker, _| worker.base());
@@ -464,6 +507,10 @@ impl FrontEnd {
                 self.lost_bdev = true;
                 Turn::BdevLost
             }
+            Kind::Move(a_move) => {
+                let (ticket, problem) = a_move.end();
+                Turn::Moved(ticket, problem)
+            }
         }
     }
 
@@ -473,11 +520,11 @@ impl FrontEnd {
         index: u16,
         f: impl FnOnce(&mut dyn WorkerControl, &mut ReactorCx) + Send + 'static,
     ) {
-        let Some((id, reactor)) =
-            self.rings[usize::from(index)].as_ref().and_then(|r| r.poller.as_ref())
-        else {
-            return;
-        };
+        let Some(ring) = &mut self.rings[usize::from(index)] else { return };
+        if let Some(transit) = &mut ring.transit {
+            return transit.do_late(f);
+        }
+        let Some((id, reactor)) = &ring.poller else { return };
         let id = *id;
         let message: Message = Box::new(move |reactor: &mut Reactor| {
             with_worker(reactor, id, f);
@@ -624,8 +671,13 @@ impl Backend for FrontEnd {
         if format::windows(&self.mem, &ring).is_none() {
             return Err(format!("queue {index}: its rings do not lie in the guest's memory").into());
         }
-        self.rings[usize::from(index)] =
-            Some(RunningRing { start: ring, poller: None, oldest_age_ns: None, stuck_count: 0 });
+        self.rings[usize::from(index)] = Some(RunningRing {
+            start: ring,
+            poller: None,
+            transit: None,
+            oldest_age_ns: None,
+            stuck_count: 0,
+        });
         self.launch(index);
         Ok(())
     }

@@ -22,18 +22,21 @@ use crate::virtq::{Chain, QueueError, Virtqueue};
 use super::arrivals::Arrivals;
 use super::notifier::Notifier;
 use super::request::{Parsed, parse};
-use super::{QueueState, Tracking, WorkerEvent};
+use super::{QueueState, Tracking};
 
 mod answer;
 mod breakdown;
 mod control;
 mod finished;
 mod parts;
+mod placing;
 
 pub use control::WorkerControl;
 pub use parts::WorkerParts;
+pub use placing::PlaceError;
 
 use finished::{Finished, FinishedList};
+use placing::Trial;
 
 /// A request in flight, as the guest knows it.
 #[derive(Debug)]
@@ -63,6 +66,7 @@ pub struct QueueWorker<V, T> {
     /// Mappings of the process that had lost their memory when this queue last looked.
     lost_seen: u32,
     seed: Option<ChannelSeed>,
+    trial: Trial,
     waiting: Vec<Done>,
 }
 
@@ -88,6 +92,7 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
             share: Share::default(),
             lost_seen: lost_mappings_count(),
             seed: None,
+            trial: Trial::default(),
             waiting: Vec::with_capacity(4),
             state: QueueState::Running,
             parts,
@@ -338,34 +343,11 @@ impl<V: Virtqueue, T: Tracking> Poller for QueueWorker<V, T> {
     }
 
     fn attach(&mut self, cx: &mut ReactorCx) {
-        self.share = cx.io.fair.join();
-        if let Some(seed) = self.seed.take() {
-            match seed(&mut cx.io) {
-                Ok(channel) => self.parts.channel = channel,
-                Err(error) => (self.parts.events)(WorkerEvent::NoChannel(error)),
-            }
-        }
-        self.set_state(QueueState::Running);
-        if let Err(error) = self.notifier.attach(cx) {
-            // A queue that can neither hear nor call its guest would only hang it later.
-            self.set_state(QueueState::Broken);
-            return (self.parts.events)(WorkerEvent::NoNotifications(error));
-        }
-        // A predecessor that died may have left kicks suppressed or an interrupt unsent: say what holds now, and send
-        // one interrupt to be sure. Entries that are there already are found by the first poll.
-        self.parts.queue.request_kick();
-        self.notifier.signal(cx, &self.parts.status);
-        self.show();
+        self.arrive(cx);
     }
 
     fn detach(&mut self, cx: &mut ReactorCx) {
-        if self.parts.channel.inflight() == 0 {
-            self.parts.channel.close(&mut cx.io);
-        }
-        cx.io.fair.leave(&mut self.share);
-        self.notifier.detach(cx, &self.parts.status);
-        self.show();
-        self.parts.status.set_state(QueueState::Stopped);
+        self.depart(cx);
     }
 
     fn quiesce(&mut self, _cx: &mut ReactorCx, done: Done) {
