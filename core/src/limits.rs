@@ -100,6 +100,16 @@ pub const MAILBOX_MESSAGES_MAX: usize = 4096;
 /// Messages that a reactor handles per pass, so that a flood of control messages does not starve guests.
 pub const MAILBOX_MESSAGES_PER_PASS: usize = 16;
 
+/// A poller that has found nothing for this long is parked: many times the pause between a busy guest's requests, and
+/// short enough that a thousand idle disks are polled for a moment only.
+pub const PARK_PATIENCE_LEAST_NS: u64 = 2_000_000;
+
+/// The longest patience of a poller that is always woken soon after it was parked.
+pub const PARK_PATIENCE_MOST_NS: u64 = 256_000_000;
+
+/// A poller that stayed parked for this long starts again with the least patience.
+pub const PARK_REST_LONG_NS: u64 = 1_000_000_000;
+
 /// Reactors of one daemon; also the width of every core mask.
 pub const CORES_MAX: usize = 1024;
 
@@ -125,5 +135,6 @@ const _: () =
 const _: () = assert!(FAIR_PIECE_BYTES.is_multiple_of(BLOCK_BYTES_MAX as u64));
 const _: () = assert!(FAIR_ALONE_BYTES.is_multiple_of(BLOCK_BYTES_MAX as u64));
 const _: () = assert!(FAIR_ALONE_BYTES <= PASS_BYTES_MAX && FAIR_PASS_BYTES <= PASS_BYTES_MAX);
+const _: () = assert!(PARK_PATIENCE_MOST_NS < PARK_REST_LONG_NS);
 const _: () = assert!(RING_CQ_ENTRIES >= 2 * RING_SQ_ENTRIES);
 const _: () = assert!(RING_CLIENTS_MAX <= u16::MAX as usize);

@@ -5,8 +5,10 @@ mod context;
 mod fair;
 mod hand_over;
 mod handle;
+mod parking;
 mod pass;
 mod poller;
+mod pollers;
 mod ring;
 mod sleep;
 

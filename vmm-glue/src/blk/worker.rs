@@ -14,7 +14,7 @@ use ringmill_core::bdev::{Channel, ChannelSeed};
 use ringmill_core::io::{Completion, IoOp, Slots};
 use ringmill_core::limits::{BATCH_REQUESTS_MAX, QUEUE_INFLIGHT_MAX};
 use ringmill_core::mem::{Segment, lost_mappings_count};
-use ringmill_core::reactor::{Done, Poller, ReactorCx, Share};
+use ringmill_core::reactor::{ClientId, Done, Poller, ReactorCx, Share};
 use ringmill_core::units::{len_u32, usize_of};
 
 use crate::virtq::{Chain, QueueError, Virtqueue};
@@ -25,7 +25,6 @@ use super::request::{Parsed, parse};
 use super::{QueueState, Tracking};
 
 mod answer;
-mod breakdown;
 mod control;
 mod finished;
 mod parts;
@@ -276,17 +275,6 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
         self.parts.status.show(len_u32(self.slots.live_count()), avail, used);
     }
 
-    #[cold]
-    #[inline(never)]
-    fn drained(&mut self) {
-        if self.state == QueueState::Draining {
-            self.set_state(QueueState::Quiesced);
-        }
-        for done in self.waiting.drain(..) {
-            done();
-        }
-    }
-
     fn set_state(&mut self, state: QueueState) {
         self.state = state;
         self.parts.status.set_state(state);
@@ -336,6 +324,13 @@ impl<V: Virtqueue, T: Tracking> Poller for QueueWorker<V, T> {
             return false;
         }
         !self.notifier.hears_kicks() || self.parts.queue.request_kick()
+    }
+
+    fn park(&mut self, cx: &mut ReactorCx) -> Option<ClientId> {
+        if self.slots.live_count() > 0 || !self.waiting.is_empty() || self.prepare_sleep(cx) {
+            return None;
+        }
+        self.notifier.client()
     }
 
     fn look_after(&mut self, _cx: &mut ReactorCx) {

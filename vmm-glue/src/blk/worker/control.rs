@@ -1,4 +1,5 @@
-//! What control threads do to a worker, by message: enable it, give it other memory or descriptors, look at it.
+//! What control threads do to a worker, by message: enable it, give it other memory or descriptors, look at it; and how
+//! it comes to a stop.
 //!
 //! [`WorkerControl`] has what does not depend on the ring's format, so that a control thread need not know it.
 
@@ -11,6 +12,8 @@ use ringmill_core::mem::{MemTable, lost_mappings_count};
 use ringmill_core::reactor::{Done, Poller, ReactorCx};
 
 use crate::virtq::{QueueError, RingWindows};
+
+use crate::blk::WorkerEvent;
 
 use super::{PlaceError, QueueState, QueueWorker, Tracking, Trial, Virtqueue};
 
@@ -136,6 +139,37 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
         let gone = self.parts.queue.memory_gone() || self.parts.mem.failed();
         if gone && self.state != QueueState::Broken {
             self.break_queue(QueueError::MemoryGone);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    pub(super) fn break_queue(&mut self, error: QueueError) {
+        self.state = QueueState::Broken;
+        self.parts.status.set_state(QueueState::Broken);
+        (self.parts.events)(WorkerEvent::Broken(error));
+    }
+
+    /// Ends the queue in the middle of an intake: what was popped and not yet handed over is forgotten.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn abandon(&mut self, cx: &mut ReactorCx, error: QueueError) {
+        for tag in cx.batch.view().tags() {
+            self.slots.remove(tag);
+        }
+        cx.batch.clear();
+        self.arrivals.clear();
+        self.break_queue(error);
+    }
+
+    #[cold]
+    #[inline(never)]
+    pub(super) fn drained(&mut self) {
+        if self.state == QueueState::Draining {
+            self.set_state(QueueState::Quiesced);
+        }
+        for done in self.waiting.drain(..) {
+            done();
         }
     }
 }
