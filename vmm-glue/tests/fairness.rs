@@ -31,7 +31,7 @@ fn disk() -> MallocBdev {
 }
 
 fn memory(data_bytes: usize) -> GuestMemory {
-    GuestMemory::new(&[(bench::RING_AT, bench::MEMORY_BYTES), (DATA_AT, data_bytes)])
+    GuestMemory::new(&[(bench::RING_AT, 16 * bench::MEMORY_BYTES), (DATA_AT, data_bytes)])
 }
 
 /// A queue on a context of the test's, with a channel into `disk`.

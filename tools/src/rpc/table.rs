@@ -353,11 +353,15 @@ pub const METHODS: &[Method] = &[
         vhost::set_coalescing,
         [
             CTRLR,
-            Param::must("delay_base_us", Kind::Number(U32), "longest delay"),
+            Param::must(
+                "delay_base_us",
+                Kind::Number(U32),
+                "delay at twice the threshold, two of it at three times, and so on up to 10 ms; 0: off"
+            ),
             Param::must(
                 "iops_threshold",
                 Kind::Number(U32),
-                "rate from which interrupts are held back"
+                "requests per second of one queue from which interrupts are held back"
             ),
         ]
     ),
