@@ -123,6 +123,10 @@ impl Virtqueue for WatchedQueue {
         self.inner.request_kick()
     }
 
+    fn leave(&self) {
+        self.inner.leave();
+    }
+
     fn base(&self) -> u32 {
         self.inner.base()
     }

@@ -159,6 +159,10 @@ pub trait Virtqueue: Send + 'static {
     /// Asks for a kick at the next entry, then looks again: true when entries are there already.
     fn request_kick(&mut self) -> bool;
 
+    /// The front-end goes without having asked for `base`: leaves in guest memory what a successor needs to find the place.
+    /// Nothing is taken or used after this.
+    fn leave(&self);
+
     /// Where the queue would go on, in the format of GET_VRING_BASE.
     fn base(&self) -> u32;
 

@@ -296,6 +296,9 @@ impl Virtqueue for SplitQueue {
         self.rings.avail.load_u16(AVAIL_IDX, Ordering::Acquire) != self.next_avail
     }
 
+    /// The used index is in the ring, and what was taken is used.
+    fn leave(&self) {}
+
     fn base(&self) -> u32 {
         u32::from(self.next_avail)
     }
