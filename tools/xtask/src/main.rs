@@ -1,11 +1,13 @@
 //! `cargo xtask`: the developer's commands. Nothing here ships.
 //!
 //! tidy checks what a machine can check of the house style; test runs everything, guest only the QEMU guests, sim the
-//! simulator; packages says which Debian packages are missing and, as root, installs them; man writes man pages and
+//! simulator; instructions counts what a request costs, bench measures speed beside other servers; packages says which Debian packages are missing and, as root, installs them; man writes man pages and
 //! shell completions.
 
 mod bench;
+mod callgrind;
 mod groups;
+mod instructions;
 mod man;
 // The lab's own list, so that what is installed and what is looked for cannot differ; a dependency on the whole tools
 // crate would make every xtask wait for it.
@@ -22,6 +24,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 
 use groups::{GroupName, SimRange};
+use instructions::Outcome;
 
 /// Developer commands of ringmill.
 #[derive(Debug, Parser)]
@@ -69,6 +72,15 @@ enum Task {
         #[arg(long, default_value_t = 2)]
         seconds: u32,
     },
+    /// Count instructions per request and compare them with benches/instructions.toml
+    Instructions {
+        /// Make the counts the table
+        #[arg(long)]
+        write: bool,
+        /// Also name the functions in which they were spent
+        #[arg(long)]
+        functions: bool,
+    },
     /// Say which Debian packages the tests still need
     Packages {
         /// Install them (root only)
@@ -110,6 +122,17 @@ fn run(task: &Task) -> Result<bool> {
         }
         Task::Man => man::man(&root),
         Task::Bench { rounds, seconds } => bench::run(&root, *rounds, *seconds),
+        Task::Instructions { write, functions } => {
+            let options = instructions::Options { write: *write, functions: *functions };
+            match instructions::run(&root, options)? {
+                Outcome::Same => Ok(true),
+                Outcome::Different => Ok(false),
+                Outcome::NotCompared(why) => {
+                    println!("not compared: {why}");
+                    Ok(true)
+                }
+            }
+        }
         Task::Packages { install } => {
             let outcome = if *install { provision::provision(&root)? } else { provision::look() };
             if let Some(missing) = &outcome.missing {
