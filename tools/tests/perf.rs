@@ -381,7 +381,9 @@ fn sockets_have_options_of_their_own_and_idle_ones_get_nothing() {
     }
     let text = perf(&args, &[]);
     let text = String::from_utf8_lossy(&text.stdout);
-    for want in ["read: 64k requests, depth 64, 2 split queues", "randwrite: 4k", "1 idle disk"] {
+    for want in
+        ["randread: 64 kib requests, depth 64, 2 split queues", "randwrite: 4 kib", "1 idle disk"]
+    {
         assert!(text.to_lowercase().contains(&want.to_lowercase()), "{want}: {text}");
     }
 }

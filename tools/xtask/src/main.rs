@@ -63,15 +63,8 @@ enum Task {
     },
     /// Write man pages and shell completions to target/man and target/completions
     Man,
-    /// Measure ringmilld beside qemu-storage-daemon and fio, in one run; takes some minutes
-    Bench {
-        /// Rounds; each server is measured once per round
-        #[arg(long, default_value_t = 5)]
-        rounds: u32,
-        /// Length of each measurement, seconds
-        #[arg(long, default_value_t = 2)]
-        seconds: u32,
-    },
+    /// Measure ringmilld beside qemu-storage-daemon and fio, in one run, into docs/PERFORMANCE.md; about ten minutes
+    Bench(bench::Options),
     /// Count instructions per request and compare them with benches/instructions.toml
     Instructions {
         /// Make the counts the table
@@ -121,7 +114,7 @@ fn run(task: &Task) -> Result<bool> {
             groups::sim(&root, range)
         }
         Task::Man => man::man(&root),
-        Task::Bench { rounds, seconds } => bench::run(&root, *rounds, *seconds),
+        Task::Bench(options) => bench::run(&root, options),
         Task::Instructions { write, functions } => {
             let options = instructions::Options { write: *write, functions: *functions };
             match instructions::run(&root, options)? {

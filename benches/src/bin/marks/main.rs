@@ -1,177 +1,60 @@
-//! `cargo xtask bench`: the first speed marks, as ratios measured in one run.
+//! What `cargo xtask bench` runs: measures ringmilld beside its peers and writes `docs/PERFORMANCE.md`.
 //!
-//! Every server is pinned to the same core, the client (the same code for all) to another; servers take turns for
-//! several rounds, and the median of each counts. Media are written before they are read. Nothing here is a test: the
-//! machine's other guests decide part of every figure, which is why the ratios are what is quoted.
+//! `sections` says what is measured and `lab` how, `servers` starts the programs, `reference` measures the machine itself;
+//! `results` keeps every round as JSON, `targets` judges and `render` writes the page and its plots. Nothing here is a
+//! test: the machine's other guests decide part of every figure, which is why ratios of one run are what counts.
 
+mod lab;
 mod medium;
-mod peers;
+mod reference;
+mod render;
+mod results;
+mod sections;
+mod servers;
+mod targets;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
-use std::time::Duration;
+use std::process::{Command, ExitCode};
 
 use anyhow::{Context, bail};
 use clap::Parser;
 use ringmill_core::reactor::tick_rate;
-use ringmill_tools::load::{Client, LoadOptions, Mix, fill, random_load};
-use rustix::thread::CpuSet;
 
-use medium::Medium;
-use peers::{Ringmilld, StorageDaemon, fio};
-
-const BLOCK_BYTES: usize = 4096;
-const MEDIUM_BYTES: u64 = 256 << 20;
-const FILL_SLOT_BYTES: usize = 128 << 10;
-const SEED: u64 = 7;
+use lab::Lab;
+use results::{Results, Section};
+use sections::SECTIONS;
 
 /// Measures ringmilld beside qemu-storage-daemon and fio.
 #[derive(Debug, Parser)]
 struct Args {
-    /// The daemon to measure; build it with `cargo build --release`.
-    #[arg(long, value_name = "PATH")]
-    ringmilld: PathBuf,
-    /// Rounds; each server is measured once per round.
-    #[arg(long, default_value_t = 5)]
-    rounds: usize,
+    /// Where ringmilld and ringmill-perf are, built with `cargo build --release`.
+    #[arg(long, value_name = "DIR")]
+    programs: PathBuf,
+    /// Where PERFORMANCE.md and performance/ go.
+    #[arg(long, value_name = "DIR")]
+    docs: PathBuf,
+    /// Rounds; each point is measured once per round.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
+    rounds: u16,
     /// Length of each measurement, seconds.
-    #[arg(long, default_value_t = 2)]
-    seconds: u64,
-    /// Measure only this: null, tmpfs or zram.
-    #[arg(long, value_parser = ["null", "tmpfs", "zram"])]
-    only: Option<String>,
+    #[arg(long, default_value_t = 0.8)]
+    seconds: f64,
+    /// Measure only these sections (comma-separated); the others stay as they are.
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    /// One short round of few points, to see whether everything works; figures mean nothing.
+    #[arg(long)]
+    quick: bool,
+    /// Only write the page again, from the stored results.
+    #[arg(long)]
+    render: bool,
     /// Core of the servers and of fio.
     #[arg(long, default_value_t = 1)]
     server_core: u32,
     /// Core of the client.
     #[arg(long, default_value_t = 0)]
     client_core: u32,
-}
-
-/// One measurement.
-#[derive(Clone, Copy, Debug, Default)]
-struct Figure {
-    iops: f64,
-    p50_ns: u64,
-    p99_ns: u64,
-    /// Busy cycles per request, as the daemon's own counters say.
-    cycles: f64,
-    /// TSC rate × busy share / the client's IOPS: the same figure from outside.
-    cycles_outside: f64,
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
-}
-
-fn measure(socket: &Path, depth: usize, seconds: u64) -> anyhow::Result<Figure> {
-    // Three descriptors per request without indirect tables.
-    let queue_size = u16::try_from((depth * 4).next_power_of_two().max(256))?;
-    let mut client = Client::connect(socket, 1, queue_size, depth, BLOCK_BYTES)?;
-    let options = LoadOptions {
-        block_bytes: BLOCK_BYTES,
-        depth,
-        duration: Duration::from_secs(seconds),
-        mix: Mix::READS,
-        span_bytes: client.capacity_bytes().min(MEDIUM_BYTES),
-        seed: SEED,
-    };
-    let report = random_load(&mut client, &options, |_| ())?;
-    Ok(Figure {
-        iops: report.iops(),
-        p50_ns: report.latency_ns.value_at_quantile(0.5),
-        p99_ns: report.latency_ns.value_at_quantile(0.99),
-        ..Figure::default()
-    })
-}
-
-/// A measurement of ringmilld with its cycles per request, counted twice.
-fn measure_ours(
-    daemon: &Ringmilld,
-    disk: &str,
-    depth: usize,
-    seconds: u64,
-) -> anyhow::Result<Figure> {
-    let before = daemon.counters(disk)?;
-    let mut figure = measure(&daemon.socket(disk), depth, seconds)?;
-    let after = daemon.counters(disk)?;
-    #[expect(clippy::cast_precision_loss, reason = "figures for people")]
-    {
-        let busy = (after.busy_ticks - before.busy_ticks) as f64;
-        let elapsed =
-            (after.busy_ticks + after.idle_ticks - before.busy_ticks - before.idle_ticks) as f64;
-        figure.cycles = busy / (after.ops_count - before.ops_count).max(1) as f64;
-        // The share is taken over the client's own time: connecting and hanging up are idle time of the reactor.
-        let share = busy / (seconds as f64 * tick_rate() as f64).min(elapsed);
-        figure.cycles_outside = tick_rate() as f64 * share / figure.iops;
-    }
-    Ok(figure)
-}
-
-fn prepare(socket: &Path) -> anyhow::Result<()> {
-    let mut client = Client::connect(socket, 1, 256, 16, FILL_SLOT_BYTES)?;
-    let span = client.capacity_bytes().min(MEDIUM_BYTES);
-    Ok(fill(&mut client, span, 16, SEED, |_| ())?)
-}
-
-fn print(what: &str, figures: &[Figure]) -> f64 {
-    let iops = median(figures.iter().map(|f| f.iops).collect());
-    let low = figures.iter().map(|f| f.iops).fold(f64::INFINITY, f64::min);
-    let high = figures.iter().map(|f| f.iops).fold(0.0, f64::max);
-    #[expect(clippy::cast_precision_loss, reason = "figures for people")]
-    let p =
-        |pick: fn(&Figure) -> u64| median(figures.iter().map(|f| pick(f) as f64).collect()) / 1e3;
-    let cycles = median(figures.iter().map(|f| f.cycles).collect());
-    print!("  {what:<44} {iops:>10.0} IOPS ({low:.0}…{high:.0})");
-    if figures.iter().any(|f| f.p50_ns > 0) {
-        print!("  p50 {:.2} µs  p99 {:.2} µs", p(|f| f.p50_ns), p(|f| f.p99_ns));
-    }
-    if cycles > 0.0 {
-        let outside = median(figures.iter().map(|f| f.cycles_outside).collect());
-        let apart = 100.0 * (cycles - outside).abs() / cycles;
-        let verdict = if apart <= 10.0 { "agree" } else { "DISAGREE" };
-        print!(
-            "  {cycles:.0} busy cycles/request (TSC × busy share / IOPS: {outside:.0}, {verdict} within 10 %)"
-        );
-    }
-    println!();
-    iops
-}
-
-fn null_marks(args: &Args, daemon: &Ringmilld, dir: &Path) -> anyhow::Result<()> {
-    println!("null medium, 4 KiB random reads, one queue, virtio-driver client:");
-    let peer = StorageDaemon::start_null(dir, args.server_core)?;
-    for depth in [1, 32, 128] {
-        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-        for _ in 0..args.rounds {
-            theirs.push(measure(&peer.socket(), depth, args.seconds)?);
-            ours.push(measure_ours(daemon, "null", depth, args.seconds)?);
-        }
-        let peer_iops = print(&format!("qemu-storage-daemon null-co, QD{depth}"), &theirs);
-        let own_iops = print(&format!("ringmilld null, QD{depth}"), &ours);
-        println!("  ratio {:.2}\n", own_iops / peer_iops);
-    }
-    Ok(())
-}
-
-fn medium_marks(args: &Args, daemon: &Ringmilld, medium: &Medium) -> anyhow::Result<()> {
-    println!("{}, 4 KiB random reads, QD32:", medium.what());
-    daemon.add_file(medium.name(), medium.path())?;
-    prepare(&daemon.socket(medium.name()))?;
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-    for _ in 0..args.rounds {
-        // The image lock does not keep readers such as fio away; both are never busy at the same time.
-        theirs.push(Figure {
-            iops: fio(medium.path(), args.server_core, args.seconds)?,
-            ..Figure::default()
-        });
-        ours.push(measure_ours(daemon, medium.name(), 32, args.seconds)?);
-    }
-    let peer_iops = print("fio --ioengine=io_uring --direct=1", &theirs);
-    let own_iops = print("ringmilld uring", &ours);
-    println!("  ratio {:.2}\n", own_iops / peer_iops);
-    daemon.remove(medium.name())
 }
 
 fn main() -> ExitCode {
@@ -185,33 +68,109 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> anyhow::Result<()> {
-    if !args.ringmilld.exists() {
-        bail!("{} does not exist; run `cargo build --release` first", args.ringmilld.display());
+    let names: Vec<&str> = SECTIONS.iter().map(|(name, _)| *name).collect();
+    if let Some(unknown) = args.only.iter().find(|name| !names.contains(&name.as_str())) {
+        bail!("there is no section \"{unknown}\"; there are {}", names.join(", "));
     }
-    let dir = tempfile::tempdir().context("cannot create a temporary directory")?;
-    let daemon = Ringmilld::start(&args.ringmilld, dir.path(), args.server_core)?;
-    // After the daemon has started: it would inherit the client's core.
-    let mut cpus = CpuSet::new();
-    cpus.set(args.client_core as usize);
-    rustix::thread::sched_setaffinity(None, &cpus)
-        .with_context(|| format!("cannot pin the client to core {}", args.client_core))?;
-    #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
-    let ghz = tick_rate() as f64 / 1e9;
-    println!(
-        "TSC {ghz:.3} GHz; servers on core {}, client on core {}; {} rounds of {} s, median (lowest…highest)\n",
-        args.server_core, args.client_core, args.rounds, args.seconds
-    );
-    let wanted = |name: &str| args.only.as_ref().is_none_or(|only| only == name);
-    if wanted("null") {
-        daemon.add_null("null", 1 << 30)?;
-        null_marks(args, &daemon, dir.path())?;
+    let stored = args.docs.join("performance/results.json");
+    let mut results = Results::load(&stored)?;
+    if !args.render {
+        std::fs::create_dir_all(args.docs.join("performance")).context("cannot make docs")?;
+        measure(args, &mut results, &stored)?;
     }
-    for medium in medium::all(MEDIUM_BYTES) {
-        match medium {
-            Ok(medium) if !wanted(medium.name()) => {}
-            Ok(medium) => medium_marks(args, &daemon, &medium)?,
-            Err(reason) => println!("left out: {reason:#}\n"),
+    render::render(&results, &args.docs)?;
+    for verdict in targets::verdicts(&results) {
+        let met = verdict.met.map_or("-", |met| if met { "met" } else { "MISSED" });
+        println!("{met:<7} {}: {} ({})", verdict.case, verdict.measured, verdict.wanted);
+    }
+    Ok(())
+}
+
+fn measure(args: &Args, results: &mut Results, stored: &Path) -> anyhow::Result<()> {
+    let [ringmilld, perf] = ["ringmilld", "ringmill-perf"].map(|name| args.programs.join(name));
+    if !ringmilld.exists() || !perf.exists() {
+        bail!("{} or ringmill-perf is not there; build with --release", ringmilld.display());
+    }
+    // On a disk, beside the programs: /tmp is often tmpfs.
+    let dir = tempfile::tempdir_in(&args.programs).context("cannot create a directory")?;
+    let lab = Lab {
+        dir: dir.path().to_owned(),
+        ringmilld,
+        perf,
+        server_core: args.server_core,
+        client_core: args.client_core,
+        seconds: if args.quick { 0.2 } else { args.seconds },
+        rounds: if args.quick { 1 } else { args.rounds.into() },
+        quick: args.quick,
+    };
+    results.machine = machine(&lab)?;
+    let mut failed = Vec::new();
+    for (name, work) in SECTIONS {
+        if !args.only.is_empty() && !args.only.iter().any(|only| only == name) {
+            continue;
+        }
+        let mut section = Section { taken: now(), ..Section::default() };
+        if args.quick {
+            section.notes.push("a quick run: these figures mean nothing".into());
+        }
+        match work(&lab, &mut section) {
+            Ok(()) => {
+                results.sections.insert((*name).to_owned(), section);
+                // After each section: what has been measured is kept if the next one fails.
+                results.save(stored)?;
+            }
+            Err(error) => {
+                eprintln!("{name} FAILED: {error:#}");
+                failed.push(*name);
+            }
         }
     }
-    daemon.stop()
+    if !failed.is_empty() {
+        bail!("these sections failed and are as they were: {}", failed.join(", "));
+    }
+    Ok(())
+}
+
+/// Date and time, UTC.
+fn now() -> String {
+    let output = Command::new("date").args(["-u", "+%Y-%m-%d %H:%M UTC"]).output();
+    let text = output.map_or_else(|_| Vec::new(), |output| output.stdout);
+    String::from_utf8_lossy(&text).trim().to_owned()
+}
+
+fn machine(lab: &Lab) -> anyhow::Result<BTreeMap<String, String>> {
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let field = |name: &str| {
+        let line = cpuinfo.lines().find(|line| line.starts_with(name));
+        line.and_then(|line| line.split_once(": ")).map_or("unknown", |(_, value)| value).to_owned()
+    };
+    let cores = cpuinfo.lines().filter(|line| line.starts_with("processor")).count();
+    #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
+    let ghz = tick_rate() as f64 / 1e9;
+    let round_trip = reference::line_round_trip_ns(lab.client_core, lab.server_core)?;
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let virtual_machine = if cpuinfo.contains("hypervisor") { "yes" } else { "no" };
+    let facts = [
+        (
+            "processor",
+            format!(
+                "{}, family {}, model {}",
+                field("model name"),
+                field("cpu family"),
+                field("model\t")
+            ),
+        ),
+        (
+            "cores",
+            format!("{cores}; servers on {}, client on {}", lab.server_core, lab.client_core),
+        ),
+        ("virtual machine", virtual_machine.to_owned()),
+        ("TSC", format!("{ghz:.3} GHz")),
+        ("cache line, there and back", format!("{round_trip:.0} ns")),
+        ("kernel", kernel.split('-').next().unwrap_or_default().trim().to_owned()),
+        ("ringmilld", servers::version(&lab.ringmilld.display().to_string())),
+        ("qemu-storage-daemon", servers::version("qemu-storage-daemon")),
+        ("fio", servers::version("fio")),
+    ];
+    Ok(facts.map(|(name, value)| (name.to_owned(), value)).into())
 }
