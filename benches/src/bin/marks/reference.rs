@@ -156,9 +156,11 @@ mod tests {
             byte[0]
         };
         // What is in the buffers reaches the medium.
-        let marked = copier.buffers.table.translate(GuestAddr(0), 4096, &mut 0).expect("inside");
-        marked.write_from(&[7; 4096]);
-        copier.rate(core, 4096, 1, 0.05).expect("core 0 is there");
+        for at in (0..16 * 4096).step_by(4096) {
+            let marked = copier.buffers.table.translate(GuestAddr(at), 4096, &mut 0);
+            marked.expect("inside").write_from(&[7; 4096]);
+        }
+        copier.rate(core, 4096, 16, 0.05).expect("core 0 is there");
         assert!(
             (0..copier.medium.len_bytes).step_by(4096).any(|at| touched(&copier.medium, at) == 7)
         );
