@@ -14,6 +14,10 @@ pub const QUEUE_SIZE_MAX: u16 = 32768;
 /// Descriptors in one chain. Windows' viostor sends chains longer than the queue, so the bound is the largest queue.
 pub const CHAIN_DESCRIPTORS_MAX: usize = 32768;
 
+/// Descriptors of a packed ring that a pass looks at beyond those it knows: more than a batch takes, so that waiting
+/// entries are counted soon, and few enough for a pass to stay short.
+pub const PACKED_LOOK_DESCRIPTORS_MAX: u16 = 512;
+
 /// Segments that one batch can hold; one chain of the largest size always fits into an empty batch.
 pub const BATCH_SEGMENTS_MAX: usize = CHAIN_DESCRIPTORS_MAX;
 
@@ -71,6 +75,16 @@ pub const MAILBOX_MESSAGES_MAX: usize = 4096;
 /// Messages that a reactor handles per pass, so that a flood of control messages does not starve guests.
 pub const MAILBOX_MESSAGES_PER_PASS: usize = 16;
 
+/// A poller that has found nothing for this long is parked: many times the pause between a busy guest's requests, and
+/// short enough that a thousand idle disks are polled for a moment only.
+pub const PARK_PATIENCE_LEAST_NS: u64 = 2_000_000;
+
+/// The longest patience of a poller that is always woken soon after it was parked.
+pub const PARK_PATIENCE_MOST_NS: u64 = 256_000_000;
+
+/// A poller that stayed parked for this long starts again with the least patience.
+pub const PARK_REST_LONG_NS: u64 = 1_000_000_000;
+
 /// Reactors of one daemon; also the width of every core mask.
 pub const CORES_MAX: usize = 1024;
 
@@ -91,5 +105,6 @@ const _: () = assert!(CHAIN_DESCRIPTORS_MAX >= QUEUE_SIZE_MAX as usize);
 const _: () = assert!(SEGMENTS_MEDIUM < CHAIN_DESCRIPTORS_MAX);
 const _: () = assert!(BLOCK_BYTES_MAX as usize * 2 <= BOUNCE_BYTES);
 const _: () = assert!(BATCH_REQUESTS_MAX <= QUEUE_INFLIGHT_MAX);
+const _: () = assert!(PARK_PATIENCE_MOST_NS < PARK_REST_LONG_NS);
 const _: () = assert!(RING_CQ_ENTRIES >= 2 * RING_SQ_ENTRIES);
 const _: () = assert!(RING_CLIENTS_MAX <= u16::MAX as usize);

@@ -3,8 +3,10 @@
 mod clock;
 mod context;
 mod handle;
+mod parking;
 mod pass;
 mod poller;
+mod pollers;
 mod ring;
 mod sleep;
 

@@ -2,13 +2,12 @@
 //! The reactor's loop.
 //!
 //! Owner: the reactor thread. **Invariant:** a pass makes no system call unless the ring has something to submit or
-//! to run, and no poller is skipped.
+//! to run, and no poller is skipped but those that are parked: they have asked to be notified.
 //!
 //! loop:
-//!   messages (bounded) → reap ring → poll every poller → timers → commit ring → account
+//!   messages (bounded) → reap ring → unpark → poll every poller, park the idle ones → timers → commit ring → account
 //!   without work for the spin time: announce sleep → prepare every poller → wait on the ring
 
-use std::any::Any;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,10 +17,8 @@ use crate::limits::MAILBOX_MESSAGES_PER_PASS;
 
 use super::clock::ticks_now;
 use super::handle::Shared;
-use super::{
-    ClientId, IdlePolicy, Poller, PollerCounters, PollerId, ReactorCx, ReactorHandle, Ring,
-    RingError,
-};
+use super::parking::{Parking, Patience};
+use super::{ClientId, IdlePolicy, Poller, PollerCounters, PollerId, ReactorCx, Ring, RingError};
 
 /// The longest sleep: a safety net, not a mechanism.
 const SLEEP_MAX: Duration = Duration::from_secs(1);
@@ -29,27 +26,29 @@ const SLEEP_MAX: Duration = Duration::from_secs(1);
 const LOOK_EVERY_NS: u64 = 1_000_000_000;
 const WAKE_TOKEN: u64 = 1;
 
-struct Entry {
-    id: PollerId,
-    poller: Box<dyn Poller>,
-    counters: Arc<PollerCounters>,
+pub(super) struct Entry {
+    pub(super) id: PollerId,
+    pub(super) poller: Box<dyn Poller>,
+    pub(super) counters: Arc<PollerCounters>,
+    pub(super) patience: Patience,
 }
 
-struct Timed {
-    entry: Entry,
-    period_ns: u64,
-    due_ns: u64,
+pub(super) struct Timed {
+    pub(super) entry: Entry,
+    pub(super) period_ns: u64,
+    pub(super) due_ns: u64,
 }
 
 /// A reactor, as its own thread and the messages that run on it see it.
 pub struct Reactor {
     /// What pollers and channels use.
     pub cx: ReactorCx,
-    pollers: Vec<Entry>,
-    timed: Vec<Timed>,
+    pub(super) pollers: Vec<Entry>,
+    pub(super) parking: Parking,
+    pub(super) timed: Vec<Timed>,
     shared: Arc<Shared>,
     wake_client: ClientId,
-    last_work_ns: u64,
+    pub(super) last_work_ns: u64,
     last_ticks: u64,
     next_look_ns: u64,
     /// The wake-up descriptor is to be watched (again).
@@ -82,6 +81,7 @@ impl Reactor {
         Ok(Reactor {
             cx,
             pollers: Vec::with_capacity(64),
+            parking: Parking::default(),
             timed: Vec::with_capacity(16),
             shared,
             wake_client,
@@ -120,15 +120,15 @@ impl Reactor {
         }
         if let Some(ring) = &mut self.cx.io.ring {
             work |= ring.reap() > 0;
+            let woken = ring.has_woken();
             if self.wake_unwatched || ring.has_events(self.wake_client) {
                 self.rearm_wake();
             }
+            if woken {
+                self.unpark_woken();
+            }
         }
-        for entry in &mut self.pollers {
-            let busy = entry.poller.poll(&mut self.cx);
-            entry.counters.note(busy);
-            work |= busy;
-        }
+        work |= self.poll_all();
         if !self.timed.is_empty() {
             work |= self.run_timers();
         }
@@ -136,6 +136,60 @@ impl Reactor {
             ring.commit();
         }
         work
+    }
+
+    #[inline]
+    fn poll_all(&mut self) -> bool {
+        let now_ns = self.cx.pass_ns;
+        let mut work = false;
+        let mut at = 0;
+        while let Some(entry) = self.pollers.get_mut(at) {
+            let busy = entry.poller.poll(&mut self.cx);
+            entry.counters.note(busy);
+            work |= busy;
+            if busy {
+                entry.patience.restart(now_ns);
+            } else if entry.patience.is_over(now_ns) && self.park(at) {
+                // The last poller has taken its place.
+                continue;
+            }
+            at += 1;
+        }
+        work
+    }
+
+    /// Leaves a poller out of the passes if it agrees.
+    #[cold]
+    #[inline(never)]
+    fn park(&mut self, at: usize) -> bool {
+        let entry = &mut self.pollers[at];
+        let client = entry.poller.park(&mut self.cx);
+        entry.patience.restart(self.cx.pass_ns);
+        let (Some(client), Some(ring)) = (client, &mut self.cx.io.ring) else { return false };
+        let entry = self.pollers.swap_remove(at);
+        match self.parking.park(entry, client, ring, self.cx.pass_ns) {
+            Ok(()) => true,
+            Err(entry) => {
+                self.pollers.push(entry);
+                false
+            }
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn unpark_woken(&mut self) {
+        while let Some(key) = self.cx.io.ring.as_mut().and_then(Ring::next_woken) {
+            self.unpark(key);
+        }
+    }
+
+    #[cold]
+    pub(super) fn unpark(&mut self, key: u32) {
+        let ring = self.cx.io.ring.as_mut();
+        if let Some(entry) = self.parking.take(key, ring, self.cx.pass_ns) {
+            self.pollers.push(entry);
+        }
     }
 
     #[inline]
@@ -209,6 +263,7 @@ impl Reactor {
         let mut awake = self.wake_unwatched
             || !self.shared.mailbox.is_empty()
             || self.shared.stop.load(Ordering::Acquire);
+        // Those that are parked have published it already.
         for entry in &mut self.pollers {
             // Every poller is asked even after one has said no: each must publish its wish to be notified or keep
             // polling, and asking is idempotent.
@@ -234,121 +289,11 @@ impl Reactor {
     #[inline(never)]
     fn look_after(&mut self) {
         self.next_look_ns = self.cx.pass_ns + LOOK_EVERY_NS;
-        for entry in &mut self.pollers {
+        for entry in self.pollers.iter_mut().chain(self.parking.iter_mut()) {
             entry.poller.look_after(&mut self.cx);
         }
         if let Some(error) = self.cx.io.ring.as_mut().and_then(Ring::take_error) {
             tracing::error!("the reactor's io_uring reports: {error}");
         }
-    }
-
-    #[cold]
-    fn detach_all(&mut self) {
-        for mut entry in self.pollers.drain(..).chain(self.timed.drain(..).map(|t| t.entry)) {
-            entry.poller.detach(&mut self.cx);
-        }
-    }
-
-    #[cold]
-    fn take_in(
-        &mut self,
-        id: PollerId,
-        mut poller: Box<dyn Poller>,
-        counters: Arc<PollerCounters>,
-    ) -> Entry {
-        poller.attach(&mut self.cx);
-        self.last_work_ns = self.cx.pass_ns;
-        Entry { id, poller, counters }
-    }
-
-    #[cold]
-    fn position(&self, id: PollerId) -> Option<usize> {
-        self.pollers.iter().position(|e| e.id == id)
-    }
-
-    /// The poller of this id as its own type, with the context; `None` when it is not here (any more).
-    pub fn with_poller<P: Poller, T>(
-        &mut self,
-        id: PollerId,
-        f: impl FnOnce(&mut P, &mut ReactorCx) -> T,
-    ) -> Option<T> {
-        let at = self.position(id)?;
-        let poller: &mut dyn Any = self.pollers[at].poller.as_mut();
-        Some(f(poller.downcast_mut::<P>()?, &mut self.cx))
-    }
-
-    /// The poller of this id behind its trait.
-    pub fn with_dyn_poller<T>(
-        &mut self,
-        id: PollerId,
-        f: impl FnOnce(&mut dyn Poller, &mut ReactorCx) -> T,
-    ) -> Option<T> {
-        let at = self.position(id)?;
-        Some(f(self.pollers[at].poller.as_mut(), &mut self.cx))
-    }
-
-    /// Detaches a poller and returns it, to be dropped by a control thread.
-    #[cold]
-    pub fn remove_poller(&mut self, id: PollerId) -> Option<Box<dyn Poller>> {
-        let mut entry = match self.position(id) {
-            Some(at) => self.pollers.swap_remove(at),
-            None => {
-                let at = self.timed.iter().position(|t| t.entry.id == id)?;
-                self.timed.swap_remove(at).entry
-            }
-        };
-        entry.poller.detach(&mut self.cx);
-        Some(entry.poller)
-    }
-}
-
-impl ReactorHandle {
-    /// Moves a poller to the reactor; it is polled in every pass from then on, or every `period_ns` when that is not 0.
-    ///
-    /// # Errors
-    /// False when the reactor does not answer.
-    #[cold]
-    #[must_use]
-    pub fn add_poller(
-        &self,
-        id: PollerId,
-        name: &str,
-        period_ns: u64,
-        poller: Box<dyn Poller>,
-    ) -> bool {
-        let counters = Arc::new(PollerCounters::default());
-        let info = super::PollerInfo {
-            id,
-            name: name.to_owned(),
-            period_ns,
-            counters: Arc::clone(&counters),
-        };
-        self.list_poller(info);
-        let sent = self.send(Box::new(move |reactor| {
-            let entry = reactor.take_in(id, poller, counters);
-            if period_ns == 0 {
-                reactor.pollers.push(entry);
-            } else {
-                let due_ns = reactor.cx.pass_ns + period_ns;
-                reactor.timed.push(Timed { entry, period_ns, due_ns });
-            }
-        }));
-        if sent.is_err() {
-            self.unlist_poller(id);
-        }
-        sent.is_ok()
-    }
-
-    /// Takes a poller that a message removed off the list of pollers.
-    #[cold]
-    pub fn forget_poller(&self, id: PollerId) {
-        self.unlist_poller(id);
-    }
-
-    /// Takes a poller off the reactor and drops it on the calling thread; false when it is not there.
-    #[cold]
-    pub fn remove_poller(&self, id: PollerId) -> bool {
-        self.unlist_poller(id);
-        self.ask(move |reactor| reactor.remove_poller(id)).flatten().is_some()
     }
 }

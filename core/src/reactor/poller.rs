@@ -6,11 +6,11 @@
 
 use std::any::Any;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::bdev::Channel;
 
-use super::ReactorCx;
+use super::{ClientId, ReactorCx};
 
 /// Called once on the reactor when something asked for has happened; it must only pass the news on.
 pub type Done = Box<dyn FnOnce() + Send>;
@@ -34,7 +34,7 @@ impl PollerId {
     }
 }
 
-/// Something that a reactor polls in every pass.
+/// Something that a reactor polls in every pass, unless it is parked.
 pub trait Poller: Any + Send {
     /// Does what there is to do, in bounded time; true when work was found.
     fn poll(&mut self, cx: &mut ReactorCx) -> bool;
@@ -42,6 +42,13 @@ pub trait Poller: Any + Send {
     /// Called before the reactor sleeps, after `sleeping` was announced: publish the wish to be notified, then look
     /// again. True when work is there (or cannot be notified of): the reactor stays awake.
     fn prepare_sleep(&mut self, cx: &mut ReactorCx) -> bool;
+
+    /// Called when nothing was found for a while: publish the wish to be notified, then look again. With `Some`, the
+    /// poller is left out of the passes until that client of the ring has an event, or until a message names the poller.
+    /// `None`: something can happen that only polling finds.
+    fn park(&mut self, _cx: &mut ReactorCx) -> Option<ClientId> {
+        None
+    }
 
     /// Called about once a second whatever the load: for checks that are too rare for `poll`.
     fn look_after(&mut self, _cx: &mut ReactorCx) {}
@@ -74,9 +81,20 @@ pub trait Poller: Any + Send {
 pub struct PollerCounters {
     runs: AtomicU64,
     busy_runs: AtomicU64,
+    parked: AtomicBool,
 }
 
 impl PollerCounters {
+    pub(super) fn set_parked(&self, parked: bool) {
+        self.parked.store(parked, Ordering::Relaxed);
+    }
+
+    /// True while its reactor leaves it out and waits for an event.
+    #[must_use]
+    pub fn is_parked(&self) -> bool {
+        self.parked.load(Ordering::Relaxed)
+    }
+
     #[inline]
     pub(super) fn note(&self, busy: bool) {
         self.runs.store(self.runs.load(Ordering::Relaxed) + 1, Ordering::Relaxed);

@@ -110,12 +110,16 @@ struct Inbox {
     outstanding: u32,
     in_use: bool,
     closing: bool,
+    /// Whom the next event wakes.
+    wakes: Option<u32>,
 }
 
 /// The ring.
 pub struct Ring {
     uring: IoUring,
     inboxes: Vec<Inbox>,
+    /// Keys of `wake_on_event` whose events have come.
+    woken: Vec<u32>,
     /// Operations in flight over all clients.
     outstanding: u32,
     free_files: Vec<u32>,
@@ -200,6 +204,7 @@ impl Ring {
             io_wq_cpus: io_wq_cpus.to_vec(),
             files_max,
             inboxes: Vec::with_capacity(RING_CLIENTS_MAX),
+            woken: Vec::with_capacity(RING_CLIENTS_MAX),
             outstanding: 0,
             free_files: Vec::with_capacity(index(RING_FILES_MAX)),
             next_file: 0,
@@ -251,6 +256,7 @@ impl Ring {
         let inbox = &mut self.inboxes[at];
         inbox.in_use = true;
         inbox.closing = false;
+        inbox.wakes = None;
         inbox.events.clear();
         inbox.events.reserve(events_max);
         u16::try_from(at).map(ClientId).map_err(|_| RingError::Clients)
@@ -260,6 +266,7 @@ impl Ring {
     pub fn remove_client(&mut self, client: ClientId) {
         let inbox = &mut self.inboxes[usize::from(client.0)];
         inbox.closing = true;
+        inbox.wakes = None;
         inbox.events = VecDeque::new();
         inbox.in_use = inbox.outstanding > 0;
     }
@@ -414,6 +421,9 @@ impl Ring {
                 inbox.outstanding = inbox.outstanding.saturating_sub(1);
                 self.outstanding = self.outstanding.saturating_sub(1);
             }
+            if let Some(key) = inbox.wakes.take() {
+                self.woken.push(key);
+            }
             if inbox.closing {
                 inbox.in_use = inbox.outstanding > 0;
             } else if token != TOKEN_MASK && (!more || inbox.events.len() < inbox.events.capacity())
@@ -423,6 +433,29 @@ impl Ring {
             }
         }
         count
+    }
+
+    /// From the client's next event on (once), `key` is among those that [`Ring::next_woken`] returns.
+    pub fn wake_on_event(&mut self, client: ClientId, key: u32) {
+        self.inboxes[usize::from(client.0)].wakes = Some(key);
+    }
+
+    /// Takes a wish of `wake_on_event` back.
+    pub fn forget_wake(&mut self, client: ClientId) {
+        self.inboxes[usize::from(client.0)].wakes = None;
+    }
+
+    /// True when `next_woken` has something.
+    #[inline]
+    #[must_use]
+    pub fn has_woken(&self) -> bool {
+        !self.woken.is_empty()
+    }
+
+    /// A key whose event has come.
+    #[inline]
+    pub fn next_woken(&mut self) -> Option<u32> {
+        self.woken.pop()
     }
 
     /// The client's next completion.

@@ -164,7 +164,7 @@ pub(super) fn reactor_info(number: u64, reactor: &ReactorHandle, started: Instan
     let (usr, sys, irq) = cpu_times(core);
     let poller = |p: ringmill_core::reactor::PollerInfo| PollerInfo {
         id: p.id.number(),
-        state: "waiting",
+        state: if p.counters.is_parked() { "paused" } else { "waiting" },
         run_count: p.counters.runs(),
         busy_count: p.counters.busy_runs(),
         period_ticks: (p.period_ns > 0).then(|| ns_to_ticks(p.period_ns)),

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use ringmill_core::io::Batch;
 use ringmill_core::mem::{Mapping, MemTable, RegionSpec};
 use ringmill_core::units::{GuestAddr, bytes_u64};
-use ringmill_vmm_glue::virtq::{SplitQueue, SplitRings, Virtqueue};
+use ringmill_vmm_glue::virtq::{RingWindows, SplitQueue, Virtqueue};
 
 use super::floor::BareDevice;
 use super::layout::{QueueLayout, RingForm};
@@ -81,7 +81,7 @@ fn the_daemons_queue_understands_split_rings() {
         let user = |at: usize| memory.user_addr(bytes_u64(at));
         let (desc, avail, used) =
             (user(layout.desc_at), user(layout.driver_at), user(layout.device_at));
-        let rings = SplitRings::at_user_addrs(&table, layout.size, desc, avail, used).unwrap();
+        let rings = RingWindows::split(&table, layout.size, desc, avail, used).unwrap();
         let mut device = SplitQueue::new(rings, layout.size, 0, false, indirect);
         let (mut batch, mut hint) = (Batch::new(), 0);
         exercise(&mut ring, |sent| {

@@ -150,29 +150,37 @@ pub(super) fn reactor(info: &ReactorInfo) -> Value {
 pub(super) fn thread(info: &ReactorInfo) -> Value {
     let thread = &info.thread;
     let timed_count = thread.pollers.iter().filter(|poller| poller.period_ticks.is_some()).count();
+    let paused_count = thread.pollers.iter().filter(|poller| is_paused(poller)).count();
     json!({
         "name": thread.name,
         "id": thread.id,
         "cpumask": cpumask::format(&thread.cores),
         "busy": info.busy_ticks,
         "idle": info.idle_ticks,
-        "active_pollers_count": thread.pollers.len() - timed_count,
+        "active_pollers_count": thread.pollers.len() - timed_count - paused_count,
         "timed_pollers_count": timed_count,
-        "paused_pollers_count": 0,
+        "paused_pollers_count": paused_count,
     })
 }
 
 pub(super) fn pollers(info: &ReactorInfo) -> Value {
     let thread = &info.thread;
-    let (timed, active): (Vec<&PollerInfo>, Vec<&PollerInfo>) =
+    let (timed, untimed): (Vec<&PollerInfo>, Vec<&PollerInfo>) =
         thread.pollers.iter().partition(|poller| poller.period_ticks.is_some());
+    let (paused, active): (Vec<&PollerInfo>, Vec<&PollerInfo>) =
+        untimed.into_iter().partition(|poller| is_paused(poller));
     json!({
         "name": thread.name,
         "id": thread.id,
         "active_pollers": active.into_iter().map(poller).collect::<Value>(),
         "timed_pollers": timed.into_iter().map(poller).collect::<Value>(),
-        "paused_pollers": [],
+        "paused_pollers": paused.into_iter().map(poller).collect::<Value>(),
     })
+}
+
+/// Parked: its queue is idle, and a kick brings it back.
+fn is_paused(poller: &PollerInfo) -> bool {
+    poller.state == "paused"
 }
 
 fn poller(info: &PollerInfo) -> Value {

@@ -97,7 +97,12 @@ pub const METHODS: &[Method] = &[
         []
     ),
     method!("thread_get_stats", "Threads with busy and idle time", framework::threads, []),
-    method!("thread_get_pollers", "Pollers with their run counts", framework::pollers, []),
+    method!(
+        "thread_get_pollers",
+        "Pollers with their run counts; paused: idle queues that wait for a kick",
+        framework::pollers,
+        []
+    ),
     method!(
         "spdk_kill_instance",
         "Acts as if the daemon got a signal; SIGTERM drains and ends it",
@@ -308,7 +313,7 @@ pub const METHODS: &[Method] = &[
                 "packed_ring",
                 Kind::Flag,
                 "false",
-                "true is refused: this version has split rings only"
+                "accepted and ignored: every disk offers packed rings, the guest chooses"
             ),
             Param::may("transport", Kind::Text, "vhost_user_blk", "the only one there is"),
             Param::may(

@@ -3,7 +3,7 @@
 use ringmill_core::io::IoOp;
 use ringmill_core::limits::SECTOR_BYTES;
 use ringmill_core::spec::virtio_blk::{self as spec, BlkConfig, CONFIG_BYTES};
-use ringmill_core::spec::virtio_ring::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
+use ringmill_core::spec::virtio_ring::{F_EVENT_IDX, F_INDIRECT_DESC, F_RING_PACKED, F_VERSION_1};
 
 use super::BlkDevice;
 
@@ -19,6 +19,7 @@ pub fn device_features(device: &BlkDevice) -> u64 {
     let mut bits = F_VERSION_1
         | F_INDIRECT_DESC
         | F_EVENT_IDX
+        | F_RING_PACKED
         | spec::F_SIZE_MAX
         | spec::F_SEG_MAX
         | spec::F_BLK_SIZE

@@ -12,23 +12,19 @@ use ringmill_core::IoStatus;
 use ringmill_core::bdev::{Bdev, InstantChannel};
 use ringmill_core::limits::MEMORY_REGIONS_MAX;
 use ringmill_core::mem::{Mapping, MemTable, RegionSpec};
-use ringmill_core::reactor::{Done, Message, Poller, PollerId, Reactor, ReactorCx, ReactorHandle};
+use ringmill_core::reactor::{Done, Message, PollerId, Reactor, ReactorCx, ReactorHandle};
 use ringmill_core::spec::virtio_blk as spec;
-use ringmill_core::spec::virtio_ring::{F_EVENT_IDX, F_INDIRECT_DESC};
 
 use crate::vhost_user::{
-    Backend, Completion, GuestAddr, Progress, Refusal, RegionDesc, RingAddresses, RingStart,
-    SharedFd, StopProgress, UserAddr,
+    Backend, Completion, GuestAddr, Progress, Refusal, RegionDesc, RingStart, SharedFd,
+    StopProgress, UserAddr,
 };
-use crate::virtq::{SplitQueue, SplitRings};
 
 use super::event::{EventKind, EventSender, Leftover};
+use super::format::{self, with_worker};
 use super::{
-    BlkDevice, NoTracking, QueueStatus, QueueWorker, WorkerParts, config, device_features,
+    BlkDevice, NoTracking, QueueStatus, WorkerControl, WorkerParts, config, device_features,
 };
-
-/// The worker of a split ring without tracking.
-type SplitWorker = QueueWorker<SplitQueue, NoTracking>;
 
 /// What a controller lends to its front-ends.
 #[derive(Debug)]
@@ -195,10 +191,6 @@ impl FrontEnd {
         }
     }
 
-    fn windows(&self, size: u16, at: RingAddresses) -> Option<SplitRings> {
-        SplitRings::at_user_addrs(&self.mem, size, at.desc.0, at.avail.0, at.used.0)
-    }
-
     /// Puts a started ring on its reactor.
     fn launch(&mut self, index: u16) {
         let Some(ring) = &self.rings[usize::from(index)] else { return };
@@ -207,44 +199,40 @@ impl FrontEnd {
         }
         let (vid, number, events) = (self.vid, self.shared.number, self.shared.events.clone());
         let start = ring.start.clone();
-        let Some(windows) = self.windows(start.size, start.addresses) else {
+        let Some(windows) = format::windows(&self.mem, &start) else {
             tracing::error!(controller = %self.shared.name, "queue {index}: its rings are not in guest memory any more");
             return;
         };
-        let has = |bit| self.features & bit != 0;
-        #[expect(
-            clippy::cast_possible_truncation,
-            reason = "a split ring's base is 16 bits, the session checks it"
-        )]
-        let base = start.base as u16;
-        let queue =
-            SplitQueue::new(windows, start.size, base, has(F_EVENT_IDX), has(F_INDIRECT_DESC));
-        let worker = SplitWorker::new(WorkerParts {
-            queue,
+        let parts = WorkerParts {
+            queue: (),
             tracking: NoTracking,
             mem: Arc::clone(&self.mem),
             device: Arc::clone(&self.shared.device),
             channel: Box::new(InstantChannel::new(IoStatus::Gone)),
             status: Arc::clone(&self.shared.statuses[usize::from(index)]),
-            kick: start.kick,
-            call: start.call,
+            kick: start.kick.clone(),
+            call: start.call.clone(),
             enabled: start.enabled,
             events: Box::new(move |event| {
                 events.send(number, EventKind::Worker { vid, index, event })
             }),
-        });
-        let worker = match self.bdev.as_ref().map(|bdev| bdev.open_channel()) {
-            Some(Ok(seed)) => worker.with_seed(seed),
+        };
+        let seed = match self.bdev.as_ref().map(|bdev| bdev.open_channel()) {
+            Some(Ok(seed)) => Some(seed),
             Some(Err(error)) => {
                 tracing::error!(controller = %self.shared.name, "queue {index}: every request will fail: {error}");
-                worker
+                None
             }
-            None => worker,
+            None => None,
+        };
+        let Some(worker) = format::worker(&start, windows, self.features, parts, seed) else {
+            tracing::error!(controller = %self.shared.name, "queue {index}: no ring of {} entries goes on at {:#x}", start.size, start.base);
+            return;
         };
         let reactor = self.shared.reactor_of(index).clone();
         let id = PollerId::next();
         let name = format!("{}:{index}", self.shared.name);
-        if reactor.add_poller(id, &name, 0, Box::new(worker)) {
+        if reactor.add_poller(id, &name, 0, worker) {
             if let Some(ring) = &mut self.rings[usize::from(index)] {
                 ring.poller = Some((id, reactor));
             }
@@ -394,11 +382,9 @@ impl FrontEnd {
             }),
             (_, Some(Kind::ReplaceMemory(mem) | Kind::AddMemory(mem))) => {
                 let mem = Arc::clone(mem);
-                let at = start.addresses;
-                let windows =
-                    SplitRings::at_user_addrs(&mem, start.size, at.desc.0, at.avail.0, at.used.0);
+                let windows = format::windows(&mem, start);
                 Box::new(move |reactor: &mut Reactor| {
-                    let old = reactor.with_poller(id, |worker: &mut SplitWorker, cx| {
+                    let old = with_worker(reactor, id, |worker, cx| {
                         let old = worker.set_memory(mem, windows);
                         worker.resume(cx, None);
                         old
@@ -409,7 +395,7 @@ impl FrontEnd {
             (_, Some(&Kind::Enable(_, enabled))) => Box::new(move |reactor: &mut Reactor| {
                 let done: Done = Box::new(move || step(None, None));
                 let mut done = Some(done);
-                reactor.with_poller(id, |worker: &mut SplitWorker, _| {
+                with_worker(reactor, id, |worker, _| {
                     if let Some(done) = done.take() {
                         worker.set_enabled(enabled, done);
                     }
@@ -421,15 +407,13 @@ impl FrontEnd {
             (_, Some(Kind::LoseBdev)) => {
                 let gone = Box::new(InstantChannel::new(IoStatus::Gone));
                 Box::new(move |reactor: &mut Reactor| {
-                    let old = reactor.with_poller(id, |worker: &mut SplitWorker, cx| {
-                        worker.resume(cx, Some(gone))
-                    });
+                    let old = with_worker(reactor, id, |worker, cx| worker.resume(cx, Some(gone)));
                     step(None, old.flatten().map(|old| Box::new(old) as Leftover));
                 })
             }
             (_, Some(Kind::Stop(_) | Kind::Reset | Kind::Close) | None) => {
                 Box::new(move |reactor: &mut Reactor| {
-                    let base = reactor.with_poller(id, |worker: &mut SplitWorker, _| worker.base());
+                    let base = with_worker(reactor, id, |worker, _| worker.base());
                     let poller = reactor.remove_poller(id);
                     step(base, poller.map(|p| Box::new(p) as Leftover));
                 })
@@ -490,7 +474,7 @@ impl FrontEnd {
     fn on_worker(
         &mut self,
         index: u16,
-        f: impl FnOnce(&mut SplitWorker, &mut ReactorCx) + Send + 'static,
+        f: impl FnOnce(&mut dyn WorkerControl, &mut ReactorCx) + Send + 'static,
     ) {
         let Some((id, reactor)) =
             self.rings[usize::from(index)].as_ref().and_then(|r| r.poller.as_ref())
@@ -499,7 +483,7 @@ impl FrontEnd {
         };
         let id = *id;
         let message: Message = Box::new(move |reactor: &mut Reactor| {
-            reactor.with_poller(id, |worker: &mut SplitWorker, cx| f(worker, cx));
+            with_worker(reactor, id, f);
         });
         self.unsent.push((reactor.clone(), message));
         self.send_unsent();
@@ -640,7 +624,7 @@ impl Backend for FrontEnd {
     }
 
     fn start_ring(&mut self, index: u16, ring: RingStart) -> Result<(), Refusal> {
-        if self.windows(ring.size, ring.addresses).is_none() {
+        if format::windows(&self.mem, &ring).is_none() {
             return Err(format!("queue {index}: its rings do not lie in the guest's memory").into());
         }
         self.rings[usize::from(index)] =

@@ -95,6 +95,11 @@ impl Notifier {
         self.call.is_some() || cx.io.ring.is_none()
     }
 
+    /// Its place on the ring, where kicks arrive.
+    pub(super) fn client(&self) -> Option<ClientId> {
+        self.client
+    }
+
     /// True once (and resets): an interrupt was wanted. For contexts without a ring.
     pub(super) fn take_wanted(&mut self) -> bool {
         std::mem::take(&mut self.wanted)

@@ -14,7 +14,7 @@ use ringmill_core::bdev::{Channel, ChannelSeed};
 use ringmill_core::io::{Completion, IoOp, Slots};
 use ringmill_core::limits::{BATCH_REQUESTS_MAX, PASS_BYTES_MAX, QUEUE_INFLIGHT_MAX};
 use ringmill_core::mem::{Segment, lost_mappings_count};
-use ringmill_core::reactor::{Done, Poller, ReactorCx};
+use ringmill_core::reactor::{ClientId, Done, Poller, ReactorCx};
 use ringmill_core::units::{len_u32, usize_of};
 
 use crate::virtq::{Chain, QueueError, Virtqueue};
@@ -29,6 +29,7 @@ mod control;
 mod finished;
 mod parts;
 
+pub use control::WorkerControl;
 pub use parts::WorkerParts;
 
 use finished::{Finished, FinishedList};
@@ -89,33 +90,13 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
         }
     }
 
-    #[cold]
-    #[inline(never)]
-    fn break_queue(&mut self, error: QueueError) {
-        self.state = QueueState::Broken;
-        self.parts.status.set_state(QueueState::Broken);
-        (self.parts.events)(WorkerEvent::Broken(error));
-    }
-
-    /// Ends the queue in the middle of an intake: what was popped and not yet handed over is forgotten.
-    #[cold]
-    #[inline(never)]
-    fn abandon(&mut self, cx: &mut ReactorCx, error: QueueError) {
-        for tag in cx.batch.view().tags() {
-            self.slots.remove(tag);
-        }
-        cx.batch.clear();
-        self.arrivals.clear();
-        self.break_queue(error);
-    }
-
     /// Puts the entry that was taken last back to the ring; it keeps the time at which it was seen.
     #[cold]
     #[inline(never)]
     fn put_back(&mut self, head: u16, seen_ns: u64) {
         self.unmark(head);
         self.parts.tracking.put_back(head);
-        self.parts.queue.unpop(1);
+        self.parts.queue.unpop(head);
         self.arrivals.put_back(seen_ns);
     }
 
@@ -268,19 +249,8 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
 
     #[inline]
     fn show(&self) {
-        let (avail, used) = (self.parts.queue.base(), u32::from(self.parts.queue.used_index()));
-        self.parts.status.show(len_u32(self.slots.live_count()), avail, used);
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn drained(&mut self) {
-        if self.state == QueueState::Draining {
-            self.set_state(QueueState::Quiesced);
-        }
-        for done in self.waiting.drain(..) {
-            done();
-        }
+        let (avail, used) = self.parts.queue.indices();
+        self.parts.status.show(len_u32(self.slots.live_count()), avail.into(), used.into());
     }
 
     fn set_state(&mut self, state: QueueState) {
@@ -329,6 +299,13 @@ impl<V: Virtqueue, T: Tracking> Poller for QueueWorker<V, T> {
             return false;
         }
         !self.notifier.hears_kicks() || self.parts.queue.request_kick()
+    }
+
+    fn park(&mut self, cx: &mut ReactorCx) -> Option<ClientId> {
+        if self.slots.live_count() > 0 || !self.waiting.is_empty() || self.prepare_sleep(cx) {
+            return None;
+        }
+        self.notifier.client()
     }
 
     fn look_after(&mut self, _cx: &mut ReactorCx) {

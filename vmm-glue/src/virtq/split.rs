@@ -12,49 +12,20 @@
 use std::sync::atomic::{Ordering, fence};
 
 use ringmill_core::io::Batch;
-use ringmill_core::mem::{MemTable, Segment, SharedSlice};
+use ringmill_core::mem::{MemTable, Segment};
 use ringmill_core::spec::virtio_ring::{
-    AVAIL_ALIGN, AVAIL_F_NO_INTERRUPT, DESC_ALIGN, DESC_BYTES, DESC_F_INDIRECT, DESC_F_NEXT,
-    RING_HEADER_BYTES, USED_ALIGN, USED_ELEM_BYTES, USED_F_NO_NOTIFY, avail_bytes,
-    desc_table_bytes, used_bytes,
+    AVAIL_F_NO_INTERRUPT, DESC_BYTES, DESC_F_INDIRECT, DESC_F_NEXT, RING_HEADER_BYTES,
+    USED_ELEM_BYTES, USED_F_NO_NOTIFY,
 };
-use ringmill_core::units::{index, usize_of};
+use ringmill_core::units::index;
 
 use super::chain::ChainWalk;
-use super::{Chain, QueueError, Virtqueue, needs_event};
-
-/// The three parts of a split ring, as windows.
-#[derive(Debug)]
-pub struct SplitRings {
-    desc: SharedSlice,
-    avail: SharedSlice,
-    used: SharedSlice,
-}
-
-impl SplitRings {
-    /// Windows at the front-end's user addresses; `None` when a part does not lie inside one region or is not aligned
-    /// as §2.7 demands.
-    #[must_use]
-    #[cold]
-    pub fn at_user_addrs(
-        mem: &MemTable,
-        size: u16,
-        desc: u64,
-        avail: u64,
-        used: u64,
-    ) -> Option<SplitRings> {
-        Some(SplitRings {
-            desc: mem.window_at_user_addr(desc, desc_table_bytes(size), usize_of(DESC_ALIGN))?,
-            avail: mem.window_at_user_addr(avail, avail_bytes(size), usize_of(AVAIL_ALIGN))?,
-            used: mem.window_at_user_addr(used, used_bytes(size), usize_of(USED_ALIGN))?,
-        })
-    }
-}
+use super::{Chain, QueueError, RingWindows, Virtqueue, needs_event};
 
 /// A split virtqueue.
 #[derive(Debug)]
 pub struct SplitQueue {
-    rings: SplitRings,
+    rings: RingWindows,
     size: u16,
     event_idx: bool,
     indirect: bool,
@@ -97,7 +68,7 @@ impl SplitQueue {
     #[must_use]
     #[cold]
     pub fn new(
-        rings: SplitRings,
+        rings: RingWindows,
         size: u16,
         base: u16,
         event_idx: bool,
@@ -179,9 +150,7 @@ fn read_indirect(table: &Segment, at: u32) -> Descriptor {
 }
 
 impl Virtqueue for SplitQueue {
-    type Windows = SplitRings;
-
-    fn relocate(&mut self, windows: SplitRings) -> SplitRings {
+    fn relocate(&mut self, windows: RingWindows) -> RingWindows {
         std::mem::replace(&mut self.rings, windows)
     }
 
@@ -241,8 +210,8 @@ impl Virtqueue for SplitQueue {
     }
 
     #[inline]
-    fn unpop(&mut self, count: u16) {
-        self.next_avail = self.next_avail.wrapping_sub(count);
+    fn unpop(&mut self, _head: u16) {
+        self.next_avail = self.next_avail.wrapping_sub(1);
     }
 
     #[inline]
@@ -321,11 +290,11 @@ impl Virtqueue for SplitQueue {
         self.size
     }
 
-    fn used_index(&self) -> u16 {
-        self.published_used
+    fn indices(&self) -> (u16, u16) {
+        (self.next_avail, self.published_used)
     }
 
     fn memory_gone(&self) -> bool {
-        self.rings.avail.failed() || self.rings.used.failed() || self.rings.desc.failed()
+        self.rings.failed()
     }
 }

@@ -1,42 +1,60 @@
-//! What control threads do to a worker, by message: enable it, give it other memory or descriptors, look at it.
+//! What control threads do to a worker, by message: enable it, give it other memory or descriptors, look at it; and how
+//! it comes to a stop.
+//!
+//! [`WorkerControl`] has what does not depend on the ring's format, so that a control thread need not know it.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use ringmill_core::bdev::ChannelSeed;
 use ringmill_core::mem::{MemTable, lost_mappings_count};
-use ringmill_core::reactor::{Done, ReactorCx};
+use ringmill_core::reactor::{Done, Poller, ReactorCx};
 
-use crate::virtq::QueueError;
+use crate::virtq::{QueueError, RingWindows};
 
-use super::{QueueState, QueueWorker, Tracking, Virtqueue};
+use super::{QueueState, QueueWorker, Tracking, Virtqueue, WorkerEvent};
 
-impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
-    /// Plants `seed` on the reactor that takes the worker in; until then, and if that fails, `parts.channel` serves.
-    #[must_use]
-    #[cold]
-    pub fn with_seed(mut self, seed: ChannelSeed) -> Self {
-        self.seed = Some(seed);
-        self
-    }
-
+/// A worker as a control thread's messages find it on its reactor: the same for all ring formats.
+pub trait WorkerControl: Poller {
     /// Takes requests, or takes none until told again (SET_VRING_ENABLE). `done` is called when a disabled queue has
     /// nothing in flight.
-    #[cold]
-    pub fn set_enabled(&mut self, enabled: bool, done: Done) {
-        self.parts.enabled = enabled;
-        if enabled || self.slots.live_count() == 0 { done() } else { self.waiting.push(done) }
-    }
+    fn set_enabled(&mut self, enabled: bool, done: Done);
 
     /// Replaces the guest's memory and the windows onto the rings in it. When regions go, the caller quiesces first.
     /// Without windows (the rings are not in the new memory as they must be) the queue is broken. Returns what was there
     /// before, to be dropped by the control thread.
-    #[cold]
-    pub fn set_memory(
+    fn set_memory(
         &mut self,
         mem: Arc<MemTable>,
-        windows: Option<V::Windows>,
-    ) -> (Arc<MemTable>, Option<V::Windows>) {
+        windows: Option<RingWindows>,
+    ) -> (Arc<MemTable>, Option<RingWindows>);
+
+    /// Replaces the call fd and signals it once, in case the old one missed something.
+    fn set_call(&mut self, cx: &mut ReactorCx, call: Option<Arc<OwnedFd>>) -> Option<Arc<OwnedFd>>;
+
+    /// Replaces the kick fd.
+    fn set_kick(&mut self, cx: &mut ReactorCx, kick: Option<Arc<OwnedFd>>) -> Option<Arc<OwnedFd>>;
+
+    /// Where the queue would go on (GET_VRING_BASE); final once nothing is in flight.
+    fn base(&self) -> u32;
+
+    /// How long the oldest request has been with the device, nanoseconds; `None` without any.
+    fn oldest_age_ns(&self, now_ns: u64) -> Option<u64>;
+}
+
+impl<V: Virtqueue, T: Tracking> WorkerControl for QueueWorker<V, T> {
+    #[cold]
+    fn set_enabled(&mut self, enabled: bool, done: Done) {
+        self.parts.enabled = enabled;
+        if enabled || self.slots.live_count() == 0 { done() } else { self.waiting.push(done) }
+    }
+
+    #[cold]
+    fn set_memory(
+        &mut self,
+        mem: Arc<MemTable>,
+        windows: Option<RingWindows>,
+    ) -> (Arc<MemTable>, Option<RingWindows>) {
         self.mem_hint = 0;
         let old = match windows {
             Some(windows) => Some(self.parts.queue.relocate(windows)),
@@ -48,30 +66,33 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
         (std::mem::replace(&mut self.parts.mem, mem), old)
     }
 
-    /// Replaces the call fd and signals it once, in case the old one missed something.
     #[cold]
-    pub fn set_call(
-        &mut self,
-        cx: &mut ReactorCx,
-        call: Option<Arc<OwnedFd>>,
-    ) -> Option<Arc<OwnedFd>> {
+    fn set_call(&mut self, cx: &mut ReactorCx, call: Option<Arc<OwnedFd>>) -> Option<Arc<OwnedFd>> {
         self.notifier.set_call(cx, call, &self.parts.status)
     }
 
-    /// Replaces the kick fd.
     #[cold]
-    pub fn set_kick(
-        &mut self,
-        cx: &mut ReactorCx,
-        kick: Option<Arc<OwnedFd>>,
-    ) -> Option<Arc<OwnedFd>> {
+    fn set_kick(&mut self, cx: &mut ReactorCx, kick: Option<Arc<OwnedFd>>) -> Option<Arc<OwnedFd>> {
         self.notifier.set_kick(cx, kick)
     }
 
-    /// Where the queue would go on (GET_VRING_BASE); final once nothing is in flight.
-    #[must_use]
-    pub fn base(&self) -> u32 {
+    fn base(&self) -> u32 {
         self.parts.queue.base()
+    }
+
+    #[cold]
+    fn oldest_age_ns(&self, now_ns: u64) -> Option<u64> {
+        self.slots.iter().map(|(_, slot)| now_ns.saturating_sub(slot.submitted_ns)).max()
+    }
+}
+
+impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
+    /// Plants `seed` on the reactor that takes the worker in; until then, and if that fails, `parts.channel` serves.
+    #[must_use]
+    #[cold]
+    pub fn with_seed(mut self, seed: ChannelSeed) -> Self {
+        self.seed = Some(seed);
+        self
     }
 
     /// Requests in flight.
@@ -85,13 +106,6 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
         self.notifier.take_wanted()
     }
 
-    /// How long the oldest request has been with the device, nanoseconds; `None` without any.
-    #[must_use]
-    #[cold]
-    pub fn oldest_age_ns(&self, now_ns: u64) -> Option<u64> {
-        self.slots.iter().map(|(_, slot)| now_ns.saturating_sub(slot.submitted_ns)).max()
-    }
-
     /// Some mapping of the process has lost its memory. If it was this guest's, its data was zeroes a moment ago: nothing
     /// that was copied may be called done.
     #[cold]
@@ -101,6 +115,37 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
         let gone = self.parts.queue.memory_gone() || self.parts.mem.failed();
         if gone && self.state != QueueState::Broken {
             self.break_queue(QueueError::MemoryGone);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    pub(super) fn break_queue(&mut self, error: QueueError) {
+        self.state = QueueState::Broken;
+        self.parts.status.set_state(QueueState::Broken);
+        (self.parts.events)(WorkerEvent::Broken(error));
+    }
+
+    /// Ends the queue in the middle of an intake: what was popped and not yet handed over is forgotten.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn abandon(&mut self, cx: &mut ReactorCx, error: QueueError) {
+        for tag in cx.batch.view().tags() {
+            self.slots.remove(tag);
+        }
+        cx.batch.clear();
+        self.arrivals.clear();
+        self.break_queue(error);
+    }
+
+    #[cold]
+    #[inline(never)]
+    pub(super) fn drained(&mut self) {
+        if self.state == QueueState::Draining {
+            self.set_state(QueueState::Quiesced);
+        }
+        for done in self.waiting.drain(..) {
+            done();
         }
     }
 }

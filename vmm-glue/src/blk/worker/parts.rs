@@ -31,3 +31,13 @@ pub struct WorkerParts<V, T> {
     /// Tells the control thread.
     pub events: Box<dyn Fn(WorkerEvent) + Send>,
 }
+
+impl<T> WorkerParts<(), T> {
+    /// The same for a ring.
+    pub(in crate::blk) fn with_queue<V>(self, queue: V) -> WorkerParts<V, T> {
+        let WorkerParts { queue: (), tracking, mem, device, channel, status, kick, call, .. } =
+            self;
+        let (enabled, events) = (self.enabled, self.events);
+        WorkerParts { queue, tracking, mem, device, channel, status, kick, call, enabled, events }
+    }
+}
