@@ -9,19 +9,18 @@ use std::time::{Duration, Instant};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use crossbeam_queue::ArrayQueue;
 use ringmill_benches::cases::{four_regions, malloc_bdev, null_bdev};
-use ringmill_benches::rig::{Guest, GuestRing, WorkerRig};
+use ringmill_benches::rig::{Format, Guest, Packed, Split, WorkerRig};
 use ringmill_core::bdev::Bdev;
 use ringmill_core::io::{Batch, IoOp};
 use ringmill_core::stats::{LatencyTable, QueueStats, Stage};
 use ringmill_core::units::GuestAddr;
-use ringmill_vmm_glue::sim::DriverRing;
 use ringmill_vmm_glue::virtq::Virtqueue;
 
 /// The worker's pass alone: what the guest does between passes is not timed.
-fn worker<R: GuestRing>(c: &mut Criterion, name: &str, bdev: &Arc<dyn Bdev>, indirect: bool) {
+fn worker<F: Format>(c: &mut Criterion, name: &str, bdev: &Arc<dyn Bdev>, indirect: bool) {
     let mut group = c.benchmark_group(name);
     for batch in [1, 32, 128] {
-        let mut rig = WorkerRig::<R>::new(Arc::clone(bdev), indirect, None).expect("a rig");
+        let mut rig = WorkerRig::<F>::new(Arc::clone(bdev), indirect, None).expect("a rig");
         group.throughput(Throughput::Elements(batch));
         group.bench_function(BenchmarkId::from_parameter(batch), |b| {
             b.iter_custom(|rounds| {
@@ -42,11 +41,12 @@ fn worker<R: GuestRing>(c: &mut Criterion, name: &str, bdev: &Arc<dyn Bdev>, ind
 }
 
 /// Taking 32 requests off a ring and putting them back: the chain walk with its translations.
-fn chain_walk<R: GuestRing>(c: &mut Criterion, name: &str, indirect: bool) {
-    let mut guest = Guest::<R>::new(indirect);
+fn chain_walk<F: Format>(c: &mut Criterion, name: &str, indirect: bool) {
+    let mut guest = Guest::<F>::new(indirect);
     let mut queue = guest.queue().expect("the ring fits");
     let table = guest.memory.table();
     let (mut batch, mut hint) = (Batch::new(), 0);
+    let mut heads = Vec::with_capacity(32);
     guest.offer(32).expect("room for 32");
     let mut group = c.benchmark_group("chain walk");
     group.throughput(Throughput::Elements(32));
@@ -55,20 +55,23 @@ fn chain_walk<R: GuestRing>(c: &mut Criterion, name: &str, indirect: bool) {
             batch.clear();
             let count = queue.available().expect("a good ring");
             for _ in 0..count {
-                black_box(queue.pop(&table, &mut hint, &mut batch).expect("a good chain"));
+                let chain = queue.pop(&table, &mut hint, &mut batch).expect("a good chain");
+                heads.extend(black_box(chain).map(|chain| chain.head));
             }
-            queue.unpop(count);
+            while let Some(head) = heads.pop() {
+                queue.unpop(head);
+            }
         });
     });
     group.finish();
 }
 
 /// Answering 32 requests and showing them to the guest at once.
-fn publish<R: GuestRing>(c: &mut Criterion, name: &str) {
+fn publish<F: Format>(c: &mut Criterion, name: &str) {
     let mut group = c.benchmark_group("used ring");
     group.throughput(Throughput::Elements(32));
     group.bench_function(name, |b| {
-        let mut guest = Guest::<R>::new(false);
+        let mut guest = Guest::<F>::new(false);
         let mut queue = guest.queue().expect("the ring fits");
         let table = guest.memory.table();
         let (mut batch, mut hint) = (Batch::new(), 0);
@@ -149,12 +152,15 @@ fn main() {
     let c = &mut criterion;
     let null = null_bdev().expect("a null device");
     let malloc = malloc_bdev().expect("a RAM disk");
-    worker::<DriverRing>(c, "worker, null, split", &null, false);
-    worker::<DriverRing>(c, "worker, null, split, indirect", &null, true);
-    worker::<DriverRing>(c, "worker, malloc, split", &malloc, false);
-    chain_walk::<DriverRing>(c, "split", false);
-    chain_walk::<DriverRing>(c, "split, indirect", true);
-    publish::<DriverRing>(c, "split");
+    worker::<Split>(c, "worker, null, split", &null, false);
+    worker::<Split>(c, "worker, null, split, indirect", &null, true);
+    worker::<Packed>(c, "worker, null, packed", &null, false);
+    worker::<Split>(c, "worker, malloc, split", &malloc, false);
+    chain_walk::<Split>(c, "split", false);
+    chain_walk::<Split>(c, "split, indirect", true);
+    chain_walk::<Packed>(c, "packed", false);
+    publish::<Split>(c, "split");
+    publish::<Packed>(c, "packed");
     memory(c);
     figures(c);
     mailbox(c);

@@ -18,10 +18,9 @@ use ringmill_core::units::GuestAddr;
 use ringmill_drivers::malloc::{MallocBdev, MallocOptions};
 use ringmill_drivers::null::{NullBdev, NullOptions};
 use ringmill_drivers::uring::{CacheMode, UringBdev, UringOptions};
-use ringmill_vmm_glue::sim::DriverRing;
 use ringmill_vmm_glue::virtq::Virtqueue;
 
-use crate::rig::{Guest, GuestRing, MEDIUM_BYTES, WorkerRig, pattern};
+use crate::rig::{Format, Guest, MEDIUM_BYTES, Packed, Split, WorkerRig, pattern};
 
 /// Rounds whose instructions are not counted.
 const WARM_ROUNDS: u64 = 8;
@@ -71,15 +70,22 @@ const fn case(name: &'static str, run: fn(&mut Count) -> anyhow::Result<()>) -> 
 
 /// All cases, in the order of the table.
 pub const CASES: &[Case] = &[
-    case("null, split, batch 1", |c| null::<DriverRing>(c, 1, false)),
-    case("null, split, batch 32", |c| null::<DriverRing>(c, 32, false)),
-    case("null, split, batch 128", |c| null::<DriverRing>(c, 128, false)),
-    case("null, split, indirect, batch 32", |c| null::<DriverRing>(c, 32, true)),
+    case("null, split, batch 1", |c| null::<Split>(c, 1, false)),
+    case("null, split, batch 32", |c| null::<Split>(c, 32, false)),
+    case("null, split, batch 128", |c| null::<Split>(c, 128, false)),
+    case("null, split, indirect, batch 32", |c| null::<Split>(c, 32, true)),
+    case("null, packed, batch 1", |c| null::<Packed>(c, 1, false)),
+    case("null, packed, batch 32", |c| null::<Packed>(c, 32, false)),
+    case("null, packed, batch 128", |c| null::<Packed>(c, 128, false)),
+    case("null, packed, indirect, batch 32", |c| null::<Packed>(c, 32, true)),
     Case { name: "malloc, split, batch 32, without copying", without_libc: true, run: malloc },
     case("uring, split, batch 32, outside the kernel", uring),
-    case("idle queue, one look", idle::<DriverRing>),
-    case("chain walk, split", |c| chains::<DriverRing>(c, false)),
-    case("chain walk, split, indirect", |c| chains::<DriverRing>(c, true)),
+    case("idle queue, split, one look", idle::<Split>),
+    case("idle queue, packed, one look", idle::<Packed>),
+    case("chain walk, split", |c| chains::<Split>(c, false)),
+    case("chain walk, split, indirect", |c| chains::<Split>(c, true)),
+    case("chain walk, packed", |c| chains::<Packed>(c, false)),
+    case("chain walk, packed, indirect", |c| chains::<Packed>(c, true)),
     case("translate, the same region", |c| translate(c, &[0])),
     case("translate, another region", |c| translate(c, &[0, 3, 1, 2])),
     case("counters and histograms of a request", record),
@@ -96,8 +102,8 @@ pub fn null_bdev() -> anyhow::Result<Arc<dyn Bdev>> {
     Ok(Arc::new(NullBdev::new("bench", &options)?))
 }
 
-fn null<R: GuestRing>(count: &mut Count, batch: u64, indirect: bool) -> anyhow::Result<()> {
-    worker(count, WorkerRig::<R>::new(null_bdev()?, indirect, None)?, batch)
+fn null<F: Format>(count: &mut Count, batch: u64, indirect: bool) -> anyhow::Result<()> {
+    worker(count, WorkerRig::<F>::new(null_bdev()?, indirect, None)?, batch)
 }
 
 /// A RAM disk.
@@ -110,14 +116,10 @@ pub fn malloc_bdev() -> anyhow::Result<Arc<dyn Bdev>> {
 }
 
 fn malloc(count: &mut Count) -> anyhow::Result<()> {
-    worker(count, WorkerRig::<DriverRing>::new(malloc_bdev()?, false, None)?, 32)
+    worker(count, WorkerRig::<Split>::new(malloc_bdev()?, false, None)?, 32)
 }
 
-fn worker<R: GuestRing>(
-    count: &mut Count,
-    mut rig: WorkerRig<R>,
-    batch: u64,
-) -> anyhow::Result<()> {
+fn worker<F: Format>(count: &mut Count, mut rig: WorkerRig<F>, batch: u64) -> anyhow::Result<()> {
     for round in 0..WARM_ROUNDS + ROUNDS {
         // A pass takes a bounded number of requests: a large batch needs several.
         let mut fresh = batch;
@@ -146,7 +148,7 @@ fn uring(count: &mut Count) -> anyhow::Result<()> {
     let bdev = Arc::new(UringBdev::open("bench", &options)?);
     let mut ring = Ring::new(&[])?;
     ring.enable()?;
-    let mut rig = WorkerRig::<DriverRing>::new(bdev, false, Some(ring))?;
+    let mut rig = WorkerRig::<Split>::new(bdev, false, Some(ring))?;
     for round in 0..WARM_ROUNDS + ROUNDS {
         let mut fresh = 32;
         rig.round(32, |rig| {
@@ -167,8 +169,8 @@ fn uring(count: &mut Count) -> anyhow::Result<()> {
 }
 
 /// A pass over a queue in which there is nothing.
-fn idle<R: GuestRing>(count: &mut Count) -> anyhow::Result<()> {
-    let mut rig = WorkerRig::<R>::new(null_bdev()?, false, None)?;
+fn idle<F: Format>(count: &mut Count) -> anyhow::Result<()> {
+    let mut rig = WorkerRig::<F>::new(null_bdev()?, false, None)?;
     rig.round(1, |rig| {
         rig.pass();
     })?;
@@ -180,25 +182,28 @@ fn idle<R: GuestRing>(count: &mut Count) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn chains<R: GuestRing>(count: &mut Count, indirect: bool) -> anyhow::Result<()> {
-    let mut guest = Guest::<R>::new(indirect);
+fn chains<F: Format>(count: &mut Count, indirect: bool) -> anyhow::Result<()> {
+    let mut guest = Guest::<F>::new(indirect);
     let mut queue = guest.queue()?;
     let table = guest.memory.table();
     let mut batch = Batch::new();
     let (mut hint, requests) = (0, 32);
     guest.offer(requests)?;
     let mut failed = None;
+    let mut heads = Vec::with_capacity(32);
     for round in 0..WARM_ROUNDS + ROUNDS {
         let mut walk = || {
             batch.clear();
             let found = queue.available().map(|count| {
                 for _ in 0..count {
                     match queue.pop(&table, &mut hint, &mut batch) {
-                        Ok(chain) => drop(black_box(chain)),
+                        Ok(chain) => heads.extend(black_box(chain).map(|chain| chain.head)),
                         Err(error) => failed = Some(error),
                     }
                 }
-                queue.unpop(count);
+                while let Some(head) = heads.pop() {
+                    queue.unpop(head);
+                }
             });
             failed = failed.or(found.err());
         };

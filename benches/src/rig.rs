@@ -1,7 +1,6 @@
 //! One queue worker on a bench: a guest that fills its ring, a medium behind it, no threads.
 //!
-//! [`GuestRing`] is the seam between ring formats, as `Virtqueue` is on the other side: a new format is one `impl`, and
-//! then one line per case. Owner: the benchmark. Each round offers requests, runs the worker, takes all answers.
+//! [`Format`] is the seam between ring formats: a new one is one `impl`, and then one line per case. Owner: the benchmark. Each round offers requests, runs the worker, takes all answers.
 
 use std::sync::Arc;
 
@@ -10,10 +9,9 @@ use ringmill_core::bdev::Bdev;
 use ringmill_core::reactor::{Poller, ReactorCx, Ring};
 use ringmill_core::spec::virtio_blk::{S_OK, T_IN};
 use ringmill_core::stats::QueueStats;
-use ringmill_core::units::bytes_u64;
 use ringmill_vmm_glue::blk::{BlkDevice, NoTracking, QueueStatus, QueueWorker, WorkerParts};
-use ringmill_vmm_glue::sim::{Buffer, Dice, DriverRing, GuestMemory};
-use ringmill_vmm_glue::virtq::{SplitQueue, Virtqueue};
+use ringmill_vmm_glue::sim::{Buffer, Dice, DriverRing, GuestMemory, GuestRing, PackedDriverRing};
+use ringmill_vmm_glue::virtq::{PackedQueue, RingWindows, SplitQueue, Virtqueue};
 
 const MEMORY_AT: u64 = 1 << 30;
 const MEMORY_BYTES: usize = 8 << 20;
@@ -33,79 +31,67 @@ pub const MEDIUM_BYTES: u64 = 16 << 20;
 /// Rounds of waiting for a medium before a bench gives up.
 const WAITS_MAX: usize = 1000;
 
-/// The driver's side of a ring.
-pub trait GuestRing: Sized {
+/// A ring format: both sides of an empty ring.
+pub trait Format {
+    /// The driver's side.
+    type Ring: GuestRing;
     /// The device's side.
     type Queue: Virtqueue;
 
-    /// An empty ring in memory from `addr` on.
-    fn place(memory: &GuestMemory, addr: u64, size: u16) -> Self;
+    /// The driver's side, in memory from `addr` on.
+    fn ring(memory: &GuestMemory, addr: u64, size: u16) -> Self::Ring;
 
-    /// The device's view of it; `None` when it does not lie in the memory.
-    fn queue(&self, memory: &GuestMemory, size: u16) -> Option<Self::Queue>;
-
-    /// Adds a request of these buffers, directly or through a table at `table`; false when the ring is full.
-    fn add(
-        &mut self,
-        memory: &GuestMemory,
-        dice: &mut Dice,
-        buffers: &[Buffer],
-        table: Option<u64>,
-    ) -> bool;
-
-    /// Shows the device what was added.
-    fn show(&mut self, memory: &GuestMemory);
-
-    /// Takes one answer; false when there is none.
-    fn take(&mut self, memory: &GuestMemory) -> bool;
+    /// The device's side of a ring.
+    fn queue(windows: RingWindows, ring: &Self::Ring, size: u16) -> Option<Self::Queue>;
 }
 
-impl GuestRing for DriverRing {
+/// virtio 1.2 §2.7.
+pub struct Split;
+
+impl Format for Split {
+    type Ring = DriverRing;
     type Queue = SplitQueue;
 
-    fn place(memory: &GuestMemory, addr: u64, size: u16) -> DriverRing {
+    fn ring(memory: &GuestMemory, addr: u64, size: u16) -> DriverRing {
         DriverRing::new(memory, addr, size, false, 0)
     }
 
-    fn queue(&self, memory: &GuestMemory, size: u16) -> Option<SplitQueue> {
-        Some(SplitQueue::new(self.device_rings(memory)?, size, 0, false, true))
+    fn queue(windows: RingWindows, _ring: &DriverRing, size: u16) -> Option<SplitQueue> {
+        Some(SplitQueue::new(windows, size, 0, false, true))
+    }
+}
+
+/// virtio 1.2 §2.8.
+pub struct Packed;
+
+impl Format for Packed {
+    type Ring = PackedDriverRing;
+    type Queue = PackedQueue;
+
+    fn ring(memory: &GuestMemory, addr: u64, size: u16) -> PackedDriverRing {
+        PackedDriverRing::new(memory, addr, size, false, 0)
     }
 
-    fn add(
-        &mut self,
-        memory: &GuestMemory,
-        dice: &mut Dice,
-        buffers: &[Buffer],
-        table: Option<u64>,
-    ) -> bool {
-        let direct_count = if table.is_some() { 0 } else { buffers.len() };
-        DriverRing::add(self, memory, dice, buffers, direct_count, table.unwrap_or(0)).is_some()
-    }
-
-    fn show(&mut self, memory: &GuestMemory) {
-        self.publish(memory);
-    }
-
-    fn take(&mut self, memory: &GuestMemory) -> bool {
-        self.take_used(memory).is_some()
+    fn queue(windows: RingWindows, ring: &PackedDriverRing, size: u16) -> Option<PackedQueue> {
+        PackedQueue::new(windows, size, ring.base_at(0), false, true)
     }
 }
 
 /// A guest with one ring.
-pub struct Guest<R> {
+pub struct Guest<F: Format> {
     /// Its memory.
     pub memory: GuestMemory,
-    ring: R,
+    ring: F::Ring,
     dice: Dice,
     indirect: bool,
 }
 
-impl<R: GuestRing> Guest<R> {
+impl<F: Format> Guest<F> {
     /// A guest whose requests are direct chains of three descriptors, or tables of three.
     #[must_use]
-    pub fn new(indirect: bool) -> Guest<R> {
+    pub fn new(indirect: bool) -> Guest<F> {
         let memory = GuestMemory::new(&[(MEMORY_AT, MEMORY_BYTES)]);
-        let ring = R::place(&memory, MEMORY_AT, RING_SIZE);
+        let ring = F::ring(&memory, MEMORY_AT, RING_SIZE);
         Guest { memory, ring, dice: Dice::new(1, 0), indirect }
     }
 
@@ -113,8 +99,10 @@ impl<R: GuestRing> Guest<R> {
     ///
     /// # Errors
     /// Never for the memory of this guest.
-    pub fn queue(&self) -> anyhow::Result<R::Queue> {
-        self.ring.queue(&self.memory, RING_SIZE).context("the ring does not lie in the memory")
+    pub fn queue(&self) -> anyhow::Result<F::Queue> {
+        let windows = self.ring.device_rings(&self.memory);
+        let queue = windows.and_then(|windows| F::queue(windows, &self.ring, RING_SIZE));
+        queue.context("the ring does not lie in the memory")
     }
 
     /// Offers `count` reads of places all over the medium.
@@ -134,19 +122,21 @@ impl<R: GuestRing> Guest<R> {
                 Buffer { addr: data, len_bytes: IO_BYTES, writable: true },
                 Buffer { addr: line + STATUS_AT, len_bytes: 1, writable: true },
             ];
-            let table = self.indirect.then_some(line + TABLE_AT);
-            if !self.ring.add(&self.memory, &mut self.dice, &chain, table) {
+            let direct_count = if self.indirect { 0 } else { chain.len() };
+            let table = line + TABLE_AT;
+            let head = self.ring.add(&self.memory, &mut self.dice, &chain, direct_count, table);
+            if head.is_none() {
                 bail!("the ring is full after {slot} requests");
             }
         }
-        self.ring.show(&self.memory);
+        self.ring.publish(&self.memory);
         Ok(())
     }
 
     /// Takes all answers there are.
     pub fn take_all(&mut self) -> u64 {
         let mut count = 0;
-        while self.ring.take(&self.memory) {
+        while self.ring.take_used(&self.memory).is_some() {
             count += 1;
         }
         count
@@ -164,14 +154,14 @@ impl<R: GuestRing> Guest<R> {
 }
 
 /// A guest, and the worker that serves it.
-pub struct WorkerRig<R: GuestRing> {
-    guest: Guest<R>,
-    worker: QueueWorker<R::Queue, NoTracking>,
+pub struct WorkerRig<F: Format> {
+    guest: Guest<F>,
+    worker: QueueWorker<F::Queue, NoTracking>,
     cx: ReactorCx,
     _bdev: Arc<dyn Bdev>,
 }
 
-impl<R: GuestRing> WorkerRig<R> {
+impl<F: Format> WorkerRig<F> {
     /// A worker over a medium. With `ring`: a real io_uring, for media that need one.
     ///
     /// # Errors
@@ -180,7 +170,7 @@ impl<R: GuestRing> WorkerRig<R> {
         bdev: Arc<dyn Bdev>,
         indirect: bool,
         ring: Option<Ring>,
-    ) -> anyhow::Result<WorkerRig<R>> {
+    ) -> anyhow::Result<WorkerRig<F>> {
         let guest = Guest::new(indirect);
         let mut cx = ReactorCx::new(ring)?;
         let channel = bdev.open_channel()?(&mut cx.io)?;
@@ -220,7 +210,7 @@ impl<R: GuestRing> WorkerRig<R> {
     pub fn round(
         &mut self,
         count: u64,
-        mut serve: impl FnMut(&mut WorkerRig<R>),
+        mut serve: impl FnMut(&mut WorkerRig<F>),
     ) -> anyhow::Result<()> {
         self.guest.offer(count)?;
         let mut answered = 0;
@@ -245,9 +235,3 @@ pub fn pattern(count_bytes: u64) -> Vec<u8> {
 }
 
 const _: () = assert!(DATA_AT + 128 * IO_BYTES as u64 <= MEMORY_AT + MEMORY_BYTES as u64);
-
-/// Bytes of the guest's memory.
-#[must_use]
-pub fn memory_bytes() -> u64 {
-    bytes_u64(MEMORY_BYTES)
-}

@@ -278,7 +278,7 @@ pub(crate) fn run<P: Port, W: Workload>(
     let start = ticks_now();
     let mut engine = Engine {
         work,
-        records: (0..groups_count).map(|_| Recorder::new(batch_max)).collect(),
+        records: Recorder::one_each(groups_count, batch_max),
         measuring: plan.ramp_ns == 0,
         pace: Pace::new(plan.rate, start),
         open: true,

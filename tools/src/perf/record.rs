@@ -69,6 +69,12 @@ impl Recorder {
         }
     }
 
+    /// An empty record for each group of lanes.
+    #[cold]
+    pub(crate) fn one_each(groups_count: usize, batch_max: usize) -> Vec<Recorder> {
+        (0..groups_count).map(|_| Recorder::new(batch_max)).collect()
+    }
+
     /// Ticks as nanoseconds.
     #[inline]
     pub(crate) fn ns(&self, ticks: u64) -> u64 {

@@ -9,7 +9,7 @@ use clap::Args;
 /// What is handed on to the program that measures.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// Measure only these sections (comma-separated): depth, size, disks, paper, peers, uring, idle, fairness, quiet
+    /// Measure only these sections (comma-separated): depth, size, disks, paper, peers, uring, idle, fairness, cross, quiet
     #[arg(long)]
     only: Option<String>,
     /// Rounds; each point is measured once per round

@@ -24,6 +24,7 @@ pub(crate) const SECTIONS: &[(&str, Measure)] = &[
     ("uring", uring),
     ("idle", idle),
     ("fairness", fairness),
+    ("cross", cross),
     ("quiet", quiet),
 ];
 
@@ -36,8 +37,10 @@ const PAPER_DEPTH: u64 = 32;
 const PAPER_DISK_BYTES: u64 = 100 << 20;
 const CROWD: u64 = 1000;
 /// How long a load runs beside which something else is looked at, and how long it gets to begin.
-const HELD_SECONDS: f64 = 4.0;
-const HELD_BEFORE: Duration = Duration::from_millis(2000);
+const HELD_SECONDS: f64 = 8.0;
+const HELD_BEFORE: Duration = Duration::from_secs(2);
+/// Connecting one disk, at most.
+const CONNECT_MAX: Duration = Duration::from_millis(3);
 
 fn depths(lab: &Lab) -> Vec<u64> {
     let all = [1, 2, 4, 8, 16, 32, 64, 128, 256];
@@ -332,7 +335,7 @@ fn held<T>(
     std::thread::scope(|scope| {
         let load = scope.spawn(|| lab.perf_for(lab.seconds + HELD_SECONDS, targets, &["-q", "32"]));
         // Connected and past its ramp by then; the load goes on for longer than what is done beside it.
-        std::thread::sleep(HELD_BEFORE);
+        std::thread::sleep(HELD_BEFORE + CONNECT_MAX * u32::try_from(targets.len())?);
         let result = work();
         load.join().map_err(|_| anyhow::anyhow!("the load's thread panicked"))??;
         result
@@ -383,6 +386,36 @@ fn fairness(lab: &Lab, section: &mut Section) -> anyhow::Result<()> {
         }));
     }
     lab.measure("fairness", section, daemon, points)
+}
+
+/// What it costs when a bdev's only queue belongs to another core.
+fn cross(lab: &Lab, section: &mut Section) -> anyhow::Result<()> {
+    let daemon = Ringmilld::start(lab)?;
+    let owner = lab.server_core.to_string();
+    let command = "ringmill-perf --core CLIENT_CORE --bdev null -q DEPTH [--owner SERVER_CORE]";
+    section.commands = vec![command.to_owned()];
+    let there = ["--bdev", "null", "--owner", &owner];
+    let crosses = match lab.perf_for(0.1, &[], &there) {
+        Ok(_) => true,
+        Err(error) => {
+            section.notes.push(format!("the other core is left out: {error:#}"));
+            false
+        }
+    };
+    let mut points = Vec::new();
+    for depth in ["1", "32", "128"] {
+        let x = depth.parse()?;
+        let here = &there[..2];
+        points.push(Point::new("on the same core", x, Who::Peer, move || {
+            Ok(figure(&lab.perf(&[], &[here, &["-q", depth]].concat())?, 0))
+        }));
+        if crosses {
+            points.push(Point::new("to the other core", x, Who::Peer, move || {
+                Ok(figure(&lab.perf(&[], &[&there[..], &["-q", depth]].concat())?, 0))
+            }));
+        }
+    }
+    lab.measure("cross", section, &daemon, points)
 }
 
 /// System calls of the reactor's thread while a polling client keeps it busy.
