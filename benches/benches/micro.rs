@@ -117,7 +117,8 @@ fn memory(c: &mut Criterion) {
 }
 
 fn figures(c: &mut Criterion) {
-    let (stats, table) = (QueueStats::new_shared(), Box::<LatencyTable>::default());
+    let (stats, table) =
+        (QueueStats::new_shared().expect("memory"), Box::<LatencyTable>::default());
     let mut value = 0;
     c.bench_function("histogram record", |b| {
         b.iter(|| {

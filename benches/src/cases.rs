@@ -250,7 +250,7 @@ fn translate(count: &mut Count, regions: &[u64]) -> anyhow::Result<()> {
 }
 
 fn record(count: &mut Count) -> anyhow::Result<()> {
-    let stats = QueueStats::new_shared();
+    let stats = QueueStats::new_shared()?;
     count.window(CALLS, || {
         for value in 0..CALLS {
             let op = stats.op(black_box(IoOp::Read));

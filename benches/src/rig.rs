@@ -2,6 +2,7 @@
 //!
 //! [`Format`] is the seam between ring formats: a new one is one `impl`, and then one line per case. Owner: the benchmark. Each round offers requests, runs the worker, takes all answers.
 
+use std::hint::black_box;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
@@ -156,7 +157,9 @@ impl<F: Format> Guest<F> {
 /// A guest, and the worker that serves it.
 pub struct WorkerRig<F: Format> {
     guest: Guest<F>,
-    worker: QueueWorker<F::Queue, NoTracking>,
+    /// Behind a pointer, as a reactor has it: the code that is measured is the code that ships, not a copy that was
+    /// inlined into a benchmark.
+    worker: Box<dyn Poller>,
     cx: ReactorCx,
     _bdev: Arc<dyn Bdev>,
 }
@@ -180,13 +183,14 @@ impl<F: Format> WorkerRig<F> {
             mem: guest.memory.table(),
             device: Arc::new(BlkDevice::new(&bdev, "bench", false)),
             channel,
-            status: Arc::new(QueueStatus::new(QueueStats::new_shared())),
+            status: Arc::new(QueueStatus::new(QueueStats::new_shared()?)),
             kick: None,
             call: None,
             enabled: true,
             events: Box::new(|_| ()),
         });
         worker.attach(&mut cx);
+        let worker = black_box(Box::new(worker) as Box<dyn Poller>);
         Ok(WorkerRig { guest, worker, cx, _bdev: bdev })
     }
 

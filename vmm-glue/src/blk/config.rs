@@ -86,7 +86,7 @@ mod tests {
 
     use ringmill_core::bdev::{Bdev, BdevError, BdevInfo, ChannelSeed, Geometry};
     use virtio_bindings::virtio_blk::{self as linux, virtio_blk_config as Layout};
-    use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+    use virtio_bindings::virtio_config::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
     use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
     use super::*;
@@ -158,6 +158,7 @@ mod tests {
             VIRTIO_F_VERSION_1,
             VIRTIO_RING_F_INDIRECT_DESC,
             VIRTIO_RING_F_EVENT_IDX,
+            VIRTIO_F_RING_PACKED,
             linux::VIRTIO_BLK_F_SIZE_MAX,
             linux::VIRTIO_BLK_F_SEG_MAX,
             linux::VIRTIO_BLK_F_BLK_SIZE,

@@ -298,7 +298,7 @@ impl Sim {
         );
         let reactor = at % self.reactors.len();
         self.reactors[reactor].queues.push(at);
-        let status = Arc::new(QueueStatus::new(QueueStats::new_shared()));
+        let status = Arc::new(QueueStatus::new(QueueStats::new_shared().expect("memory")));
         self.queues.push(Queue { guest, worker: None, status, reactor, base });
         self.start_worker(at)
     }

@@ -85,7 +85,7 @@ impl Descriptor {
 impl PackedQueue {
     /// A queue of `size` entries (1 to 32,768, any number) that goes on at `base`: next available descriptor and its wrap
     /// counter in the low half, next used descriptor and its wrap counter in the high half. `None` when there are no
-    /// such places, or more than a lap between them.
+    /// such places, or a lap or more between them: a ring full of requests that nobody has in flight.
     #[must_use]
     #[cold]
     pub fn new(
@@ -138,7 +138,7 @@ impl PackedQueue {
         let [a, b, c, d] = base.to_le_bytes();
         let next = Position::from_bits(u16::from_le_bytes([a, b]), size)?;
         let used = Position::from_bits(u16::from_le_bytes([c, d]), size)?;
-        let is_possible = size <= QUEUE_SIZE_MAX && used.distance(next, size) <= u32::from(size);
+        let is_possible = size <= QUEUE_SIZE_MAX && used.distance(next, size) < u32::from(size);
         is_possible.then_some((next, used))
     }
 

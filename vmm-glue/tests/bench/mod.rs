@@ -221,7 +221,7 @@ impl<F: Format> BenchOf<F> {
         let ring = F::ring(&memory, &setup);
         let rings = ring.device_rings(&memory).expect("the windows fit");
         let device = device(setup.read_only);
-        let status = Arc::new(QueueStatus::new(QueueStats::new_shared()));
+        let status = Arc::new(QueueStatus::new(QueueStats::new_shared().expect("memory")));
         let (events, seen) = (Arc::default(), Arc::default());
         let told: Arc<Mutex<Vec<QueueError>>> = Arc::clone(&events);
         let mut worker = QueueWorker::new(WorkerParts {
