@@ -235,8 +235,8 @@ impl Pair {
             })
         };
         let mut runs = Vec::new();
-        let segments = self.batch.segments_from(chain.segments_at);
-        for (at, segment) in segments[..chain.segments_count].iter().enumerate() {
+        let segments = self.batch.segments_mut(chain.segments_at, chain.segments_count);
+        for (at, segment) in segments.iter().enumerate() {
             let addr = to_guest(segment.host().0).expect("inside the memory");
             push_run(&mut runs, addr, segment.len_bytes().into(), at >= chain.readable_count);
         }

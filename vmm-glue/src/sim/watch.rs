@@ -72,6 +72,10 @@ impl Virtqueue for WatchedQueue {
         self.inner.available()
     }
 
+    fn prefetch(&self, count: usize) {
+        self.inner.prefetch(count);
+    }
+
     fn pop(
         &mut self,
         mem: &MemTable,

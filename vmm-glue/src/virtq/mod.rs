@@ -128,6 +128,9 @@ pub trait Virtqueue: Send + 'static {
     /// [`QueueError::IndexJump`], [`QueueError::Overrun`], [`QueueError::Torn`].
     fn available(&mut self) -> Result<u16, QueueError>;
 
+    /// Asks the processor to fetch what the next `count` calls of `pop` will read of the ring. A hint.
+    fn prefetch(&self, count: usize);
+
     /// Takes the next chain (`available` said that there is one), translated into the batch's segment list; `Ok(None)`
     /// when the list has no room for it beside other requests (nothing was taken then).
     ///
