@@ -11,7 +11,7 @@ use std::sync::Arc;
 use ringmill_core::IoStatus;
 use ringmill_core::bdev::{BdevInfo, Channel, ReadyQueue, Room};
 use ringmill_core::io::{BatchView, Completion, Completions, IoOp, IoRequest};
-use ringmill_core::limits::{QUEUE_INFLIGHT_MAX, SECTOR_BYTES};
+use ringmill_core::limits::{BATCH_REQUESTS_MAX, SECTOR_BYTES};
 use ringmill_core::mem::{Segment, total_bytes};
 use ringmill_core::reactor::IoCx;
 
@@ -20,6 +20,7 @@ use ringmill_core::reactor::IoCx;
 pub struct GateChannel<C> {
     inner: C,
     info: Arc<BdevInfo>,
+    /// Those that ended here; as many as one batch can bring.
     ready: ReadyQueue,
 }
 
@@ -54,7 +55,7 @@ impl<C: Channel> GateChannel<C> {
     /// Puts the door before `inner`.
     #[must_use]
     pub fn new(inner: C, info: Arc<BdevInfo>) -> GateChannel<C> {
-        GateChannel { inner, info, ready: ReadyQueue::new(QUEUE_INFLIGHT_MAX) }
+        GateChannel { inner, info, ready: ReadyQueue::new(BATCH_REQUESTS_MAX) }
     }
 }
 

@@ -659,6 +659,46 @@ fn two_hundred_disks_are_served_by_one_daemon() {
     daemon.stop();
 }
 
+/// Bytes of memory that only this process has, from its own page tables to its threads' stacks.
+fn private_bytes(pid: u32) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).expect("our child");
+    let field = |line: &str| line.split_whitespace().nth(1)?.parse::<u64>().ok();
+    text.lines().filter(|l| l.starts_with("Private_")).filter_map(field).sum::<u64>() * 1024
+}
+
+#[test]
+fn a_thousand_idle_disks_are_parked_and_small() {
+    const COUNT: u64 = 1000;
+    let daemon = Daemon::with(["-m", "1", "--idle", "poll"]);
+    let mut rpc = daemon.rpc();
+    let mut add = |index: u64| {
+        let name = format!("disk{index}");
+        let bdev = json!({"name": name, "block_size": 512, "num_blocks": 2048});
+        rpc.call("bdev_malloc_create", &bdev);
+        rpc.call("vhost_create_blk_controller", &json!({"ctrlr": name, "dev_name": name}));
+        connect(&daemon.socket(&name), 1, 128, 4096)
+    };
+    // What only the first disk costs is not an idle disk's share.
+    let mut busy = Exercise::new(add(0), 2, 1);
+    busy.random_rounds(100, 8, 2);
+    let before = private_bytes(daemon.pid());
+    let idle: Vec<_> = (1..=COUNT).map(add).collect();
+    let paused = || {
+        daemon.call("thread_get_stats", &json!({}))["threads"][0]["paused_pollers_count"]
+            .as_u64()
+            .expect("a number")
+    };
+    assert!(wait_for(WAIT_MAX, || paused() >= COUNT), "{} queues are parked", paused());
+    let each = private_bytes(daemon.pid()).saturating_sub(before) / COUNT;
+    eprintln!("private memory of an idle disk: {each} bytes");
+    assert!(each <= 64 << 10, "an idle disk costs {each} bytes of private memory");
+    // Any of them answers its first request, and is parked again afterwards.
+    for client in idle.into_iter().step_by(97) {
+        Exercise::new(client, 2, 2).random_rounds(10, 8, 2);
+    }
+    busy.random_rounds(100, 8, 2);
+}
+
 #[test]
 fn a_daemon_on_a_loop_device_gives_it_back() {
     let dir = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).expect("the target directory");

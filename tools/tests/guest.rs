@@ -36,7 +36,7 @@ type Outcome = Result<(), LabError>;
 #[test]
 fn a_file_system_survives_a_reboot_on_a_ram_disk() -> Outcome {
     let medium = Medium::Malloc { size_bytes: 256 * MIB };
-    with_lab("file system on malloc", |lab| file_system_survives_a_reboot(lab, medium))
+    with_lab("file system on malloc", |lab| file_system_survives_a_reboot(lab, medium, ""))
 }
 
 #[test]
@@ -44,16 +44,61 @@ fn a_file_system_survives_a_reboot_on_a_file() -> Outcome {
     with_lab("file system on uring", |lab| {
         let scratch = ScratchDir::new()?;
         let path = image(&scratch, "disk.img", 256 * MIB)?;
-        file_system_survives_a_reboot(lab, Medium::Uring { path: path.clone() })?;
+        file_system_survives_a_reboot(lab, Medium::Uring { path: path.clone() }, "")?;
         // The host's own e2fsck must agree.
         check(Command::new("/usr/sbin/e2fsck").arg("-fn").arg(&path));
         Ok(())
     })
 }
 
-fn file_system_survives_a_reboot(lab: &mut Lab, medium: Medium) -> Outcome {
+#[test]
+fn a_file_system_survives_a_reboot_on_packed_rings() -> Outcome {
+    const NAME: &str = "packed rings";
+    if server_name() == "qemu-storage-daemon" {
+        skip(NAME, "qemu-storage-daemon has split rings only");
+        return Ok(());
+    }
+    with_lab(NAME, |lab| {
+        let scratch = ScratchDir::new()?;
+        let path = image(&scratch, "disk.img", 256 * MIB)?;
+        file_system_survives_a_reboot(lab, Medium::Uring { path: path.clone() }, ",packed=on")?;
+        check(Command::new("/usr/sbin/e2fsck").arg("-fn").arg(&path));
+        Ok(())
+    })
+}
+
+#[test]
+fn packed_rings_without_tables_and_event_indices_carry_a_guest() -> Outcome {
+    const NAME: &str = "packed rings, plain";
+    if server_name() == "qemu-storage-daemon" {
+        skip(NAME, "qemu-storage-daemon has split rings only");
+        return Ok(());
+    }
+    with_lab(NAME, |lab| {
+        let server = serve(&[disk("vm0", Medium::Malloc { size_bytes: 64 * MIB })])?;
+        let plain = ",packed=on,indirect_desc=off,event_idx=off,queue-size=64";
+        let mut guest = linux_with(lab, Payload::Fio, server.as_ref(), 1, plain)?;
+        assert_eq!(ring_features(&mut guest)?, "001");
+        let fio = "fio --name=job --filename=/dev/vda --rw=randwrite --bsrange=512-256k --ioengine=libaio \
+                   --iodepth=32 --direct=1 --verify=crc32c --verify_fatal=1 --randseed=3 --size=24m";
+        guest
+            .sh_within(&format!("{fio} >/run/fio || {{ cat /run/fio; exit 1; }}"), FIO_WAIT_MAX)?;
+        guest.quit()?;
+        server.stop()
+    })
+}
+
+/// Whether the guest's driver uses indirect tables, event indices and packed rings: three digits.
+fn ring_features(guest: &mut Guest) -> Result<String, LabError> {
+    let bits = guest.sh("cat /sys/block/vda/device/features")?;
+    Ok([28, 29, 34].iter().filter_map(|&bit| bits.chars().nth(bit)).collect())
+}
+
+fn file_system_survives_a_reboot(lab: &mut Lab, medium: Medium, properties: &str) -> Outcome {
     let server = serve(&[disk("vm0", medium)])?;
-    let mut guest = linux(lab, Payload::Fio, server.as_ref(), 1)?;
+    let mut guest = linux_with(lab, Payload::Fio, server.as_ref(), 1, properties)?;
+    let expected = if properties.contains("packed=on") { "111" } else { "110" };
+    assert_eq!(ring_features(&mut guest)?, expected);
     // auto_da_alloc and the like are off the path: what is synced must be there, what fio verified must stay.
     guest.sh("mkfs.ext4 -q /dev/vda\nmount /dev/vda /mnt")?;
     let fio = "fio --name=job --directory=/mnt --size=24m --rw=randwrite --bsrange=4k-64k --ioengine=libaio \
@@ -376,8 +421,22 @@ fn linux(
     server: &dyn DiskServer,
     disks_count: usize,
 ) -> Result<Guest, LabError> {
+    linux_with(lab, payload, server, disks_count, "")
+}
+
+fn linux_with(
+    lab: &mut Lab,
+    payload: Payload,
+    server: &dyn DiskServer,
+    disks_count: usize,
+    properties: &str,
+) -> Result<Guest, LabError> {
     let image = lab.linux(payload)?;
-    let disks = (0..disks_count).map(|index| DiskConfig::new(server.socket(index))).collect();
+    let disk = |index| DiskConfig {
+        properties: properties.to_owned(),
+        ..DiskConfig::new(server.socket(index))
+    };
+    let disks = (0..disks_count).map(disk).collect();
     let started = Instant::now();
     let guest = Guest::start(&MachineConfig::new(Boot::Linux(image), disks))?;
     eprintln!("booted in {:.1} s", started.elapsed().as_secs_f64());

@@ -13,6 +13,7 @@ mod media;
 mod model;
 
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
@@ -120,6 +121,34 @@ fn disks_move_a_thousand_times_under_load() {
     set_len(&image, 16 * MIB);
     let file = daemon.add_uring("file", &image, &json!({}));
     move_under_load(&daemon, "file", &file, MOVES);
+    daemon.stop();
+}
+
+/// Packed rings have their position in descriptors, not in an index that everybody sees.
+#[test]
+fn packed_queues_move_under_a_verifying_load() {
+    if cores_count() < 2 {
+        return skip("packed_queues_move_under_a_verifying_load", "one core");
+    }
+    let daemon = Daemon::with(["-m", "3"]);
+    let socket = daemon.add_malloc("ram", 64 * MIB, 512);
+    let args = ["-w", "verify", "--packed", "-n", "2", "-q", "16", "-o", "64k", "-t", "2"];
+    let mut perf = Command::new(env!("CARGO_BIN_EXE_ringmill-perf"))
+        .args(args)
+        .arg(&socket)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("ringmill-perf starts");
+    let (mut rpc, mut moves) = (daemon.rpc(), 0);
+    while perf.try_wait().expect("our child").is_none() {
+        let params = json!({"ctrlr": "ram", "cpumask": format!("[{}]", moves % 2)});
+        assert_eq!(rpc.call("vhost_controller_set_cpumask", &params), true);
+        moves += 1;
+    }
+    let output = perf.wait_with_output().expect("our child");
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(output.status.success() && moves > 50, "{moves} moves: {said}");
     daemon.stop();
 }
 

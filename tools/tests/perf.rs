@@ -170,6 +170,44 @@ fn verify_passes_on_good_disks() {
 }
 
 #[test]
+fn packed_rings_carry_every_load() {
+    let daemon = Daemon::with(["-m", "3"]);
+    let ram = daemon.add_malloc("ram", 16 * MIB, 512);
+    let image = daemon.dir().join("image");
+    set_len(&image, 16 * MIB);
+    let file = daemon.add_uring("file", &image, &json!({"cache": "writeback"}));
+    for form in [&["--packed"][..], &["--packed", "--indirect"]] {
+        for args in [
+            &["-w", "randread", "-q", "1"][..],
+            &["-w", "randrw", "-M", "30", "-n", "3", "-q", "128"],
+            &["-w", "write", "-o", "64k", "-q", "7"],
+        ] {
+            let before = counted(&daemon, "ram");
+            let result = measured(&[&["-t", "0.3"], args, form].concat(), &[&ram]);
+            let (after, job) = (counted(&daemon, "ram"), &result["jobs"][0]);
+            assert_eq!(count(&job["read"]["all_ios"]), after.0 - before.0, "{form:?} {args:?}");
+            assert_eq!(count(&job["write"]["all_ios"]), after.1 - before.1, "{form:?} {args:?}");
+            assert!(after.0 + after.1 > before.0 + before.1);
+        }
+        for args in [&["-o", "4k", "-q", "40"][..], &["-o", "512", "-q", "64"], &["-o", "24k"]] {
+            let verify = ["-w", "verify", "-t", "0.5", "-n", "2"];
+            let result = measured(&[&verify, args, form].concat(), &[&ram, &file]);
+            assert_eq!(result["verify"]["faults"], 0);
+            assert!(count(&result["verify"]["sectors_checked"]) >= 2 * 15 * MIB / 512);
+        }
+    }
+    // Which kind of ring it was, and that the device is back where the driver stopped.
+    let mut perf = Ended::start(&["--packed", "-t", "1", "-q", "4"], &ram);
+    let session =
+        || daemon.call("vhost_get_controllers", &json!({"name": "ram"}))[0]["sessions"][0].clone();
+    assert!(wait_for(WAIT_MAX, || session()["started"] == true));
+    let features = session()["features"].to_string();
+    assert!(features.contains("VIRTIO_F_RING_PACKED"), "{features}");
+    assert!(perf.output().status.success());
+    daemon.stop();
+}
+
+#[test]
 fn verify_finds_what_was_changed_between_its_passes() {
     let daemon = Daemon::with(["-m", "1"]);
     let image = daemon.dir().join("image");

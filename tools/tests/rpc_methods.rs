@@ -278,7 +278,7 @@ fn controllers_are_made_listed_and_deleted() {
         assert_eq!(code, -32602, "{message}");
         assert!(message.contains(words), "{message}");
     }
-    let params = r#"{"ctrlr":"slow.v0","dev_name":"Null0","cpumask":"0x1","readonly":false,"packed_ring":false}"#;
+    let params = r#"{"ctrlr":"slow.v0","dev_name":"Null0","cpumask":"0x1","readonly":false,"packed_ring":true}"#;
     assert_eq!(client.call("vhost_create_blk_controller", params), true);
     assert_eq!(client.fail("vhost_create_blk_controller", params).0, -32602);
     assert_eq!(

@@ -5,12 +5,13 @@ mod bench;
 
 use bench::{Bench, MEMORY_BYTES, RING_AT, SECTORS_COUNT, Setup};
 use ringmill_core::limits::CHAIN_DESCRIPTORS_MAX;
+use ringmill_core::reactor::{Poller, ReactorCx};
 use ringmill_core::spec::virtio_blk as spec;
 use ringmill_core::spec::virtio_ring::{
     AVAIL_ALIGN, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, used_bytes,
 };
 use ringmill_vmm_glue::blk::WorkerControl;
-use ringmill_vmm_glue::sim::{Buffer, Dice, DriverRing, GuestMemory};
+use ringmill_vmm_glue::sim::{Buffer, Dice, DriverRing, GuestMemory, GuestRing};
 use ringmill_vmm_glue::virtq::QueueError;
 
 const MEMORY_END: u64 = RING_AT + 2 * MEMORY_BYTES as u64;

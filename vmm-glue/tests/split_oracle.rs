@@ -4,7 +4,7 @@ use ringmill_core::io::Batch;
 use ringmill_core::mem::Segment;
 use ringmill_core::spec::virtio_ring::used_bytes;
 use ringmill_core::units::{bytes_u64, len_u32, usize_of};
-use ringmill_vmm_glue::sim::{Buffer, Dice, DriverRing, GuestMemory};
+use ringmill_vmm_glue::sim::{Buffer, Dice, DriverRing, GuestMemory, GuestRing};
 use ringmill_vmm_glue::virtq::{Chain, SplitQueue, Virtqueue};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -182,7 +182,7 @@ impl Pair {
             self.ours.put_used(head, len);
             self.oracle.add_used(&self.oracle_memory, head, len).expect("a used element");
         }
-        let news = self.ours.used_index() != self.oracle.next_used();
+        let news = self.ours.indices().1 != self.oracle.next_used();
         let ours = self.ours.publish(true);
         let theirs = self.oracle.needs_notification(&self.oracle_memory).expect("an answer");
         // The oracle does not know NO_INTERRUPT and has an opinion when nothing is new.

@@ -7,10 +7,10 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::sync::Arc;
 
-use bench::{Bench, MEMORY_BYTES, RING_AT, SECTORS_COUNT, Setup};
+use bench::{BenchOf, Format, MEMORY_BYTES, Packed, RING_AT, SECTORS_COUNT, Setup, Split};
 use ringmill_core::bdev::{AlignChannel, Alignment, BlockLocks};
 use ringmill_core::spec::virtio_blk as spec;
-use ringmill_vmm_glue::sim::GuestMemory;
+use ringmill_vmm_glue::sim::{GuestMemory, GuestRing};
 
 struct Counting;
 
@@ -50,7 +50,7 @@ unsafe impl GlobalAlloc for Counting {
 static ALLOCATOR: Counting = Counting;
 
 /// Runs every kind of request from the very first poll on; returns what was allocated or freed inside the polls.
-fn allocations_of(bench: &mut Bench) -> u64 {
+fn allocations_of<F: Format>(bench: &mut BenchOf<F>) -> u64 {
     COUNT.set(0);
     let mut answers = 0u64;
     for round in 0..60u64 {
@@ -92,18 +92,24 @@ fn allocations_of(bench: &mut Bench) -> u64 {
 
 #[test]
 fn polling_allocates_nothing() {
-    let mut bench = Bench::new(Setup { record: false, ..Setup::default() });
-    assert_eq!(allocations_of(&mut bench), 0);
+    let setup = Setup { record: false, ..Setup::default() };
+    assert_eq!(allocations_of(&mut BenchOf::<Split>::new(setup)), 0);
+    assert_eq!(allocations_of(&mut BenchOf::<Packed>::new(setup)), 0);
 }
 
 #[test]
 fn bouncing_and_sub_block_writes_allocate_nothing() {
+    bounces::<Split>();
+    bounces::<Packed>();
+}
+
+fn bounces<F: Format>() {
     let rules = Alignment { block_bytes: 4096, address_bytes: 512, segment_bytes: 512 };
     for takes_max in [usize::MAX, 2] {
         let setup = Setup { record: false, takes_max, ..Setup::default() };
         let memory = GuestMemory::new(&[(RING_AT, 2 * MEMORY_BYTES)]);
         let locks = Arc::new(BlockLocks::default());
-        let mut bench = Bench::with(setup, memory, |channel| {
+        let mut bench = BenchOf::<F>::with(setup, memory, |channel| {
             Box::new(AlignChannel::new(channel, rules, Some(locks)))
         });
         assert_eq!(allocations_of(&mut bench), 0);

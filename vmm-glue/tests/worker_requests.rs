@@ -8,6 +8,7 @@ use ringmill_core::spec::virtio_blk as spec;
 use ringmill_core::stats::Stage;
 use ringmill_core::status::IoStatus;
 use ringmill_vmm_glue::blk::{QueueState, WorkerControl};
+use ringmill_vmm_glue::sim::GuestRing;
 
 #[test]
 fn get_id_behind_other_requests_of_a_batch_is_answered() {

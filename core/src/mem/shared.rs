@@ -92,6 +92,31 @@ impl SharedSlice {
         )
     }
 
+    /// Stores 64 bits at a multiple of 8.
+    #[inline]
+    pub fn store_u64(&self, offset_bytes: usize, value: u64, order: Ordering) {
+        // SAFETY: as in `load_u64`.
+        unsafe { AtomicU64::from_ptr(self.at(offset_bytes, 8).cast()) }.store(value.to_le(), order);
+    }
+
+    /// Loads a little-endian u32 at a multiple of 4.
+    #[inline]
+    #[must_use]
+    pub fn load_u32(&self, offset_bytes: usize) -> u32 {
+        // SAFETY: in bounds by `at`; used only on 4-aligned fields of 4-aligned structures.
+        u32::from_le(
+            unsafe { AtomicU32::from_ptr(self.at(offset_bytes, 4).cast()) }.load(Ordering::Relaxed),
+        )
+    }
+
+    /// Stores a little-endian u32 at a multiple of 4.
+    #[inline]
+    pub fn store_u32(&self, offset_bytes: usize, value: u32) {
+        // SAFETY: as in `load_u32`.
+        unsafe { AtomicU32::from_ptr(self.at(offset_bytes, 4).cast()) }
+            .store(value.to_le(), Ordering::Relaxed);
+    }
+
     /// Stores two little-endian u32 next to each other (a used element).
     #[inline]
     pub fn store_u32_pair(&self, offset_bytes: usize, first: u32, second: u32) {

@@ -2,13 +2,18 @@
 //!
 //! Owner: allocated by a control thread, written by the queue's reactor, read by anybody.
 //! **Invariant:** one writer; a number only grows, resets are done by readers who keep a baseline.
-#![expect(unsafe_code)] // UNSAFETY: one all-zero allocation, so that an idle queue's tables cost no memory.
+#![expect(unsafe_code)] // UNSAFETY: tables in a zeroed mapping, so that those of an idle queue cost no memory.
 
+use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::LatencyTable;
 use crate::io::IoOp;
+use crate::mem::{Mapping, MappingError};
+
+/// Kinds of operations.
+const OPS: usize = IoOp::ALL.len();
 
 /// The part of a request's life that a time belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -50,10 +55,16 @@ pub struct OpStats {
 }
 
 /// The figures of one queue: about 100 KiB of address space, touched only for the operations that occur.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct QueueStats {
-    ops: [OpStats; 5],
+    ops: NonNull<[OpStats; OPS]>,
+    _mapping: Mapping,
 }
+
+// SAFETY: the pointer leads to atomics in memory that the struct owns; nothing else is reached through it.
+unsafe impl Send for QueueStats {}
+// SAFETY: as for `Send`: shared access is to atomics only.
+unsafe impl Sync for QueueStats {}
 
 #[inline]
 fn bump(cell: &AtomicU64, by: u64) {
@@ -99,17 +110,23 @@ impl OpStats {
 }
 
 impl QueueStats {
-    /// Zeroed figures. The allocator hands out untouched zero pages, so an idle queue costs no memory.
-    #[must_use]
-    pub fn new_shared() -> Arc<QueueStats> {
-        // SAFETY: every field is an `AtomicU64`, for which all bits zero is the value 0, the wanted default.
-        unsafe { Arc::<QueueStats>::new_zeroed().assume_init() }
+    /// Zeroed figures in a mapping of their own: a heap would touch every page to clear it.
+    ///
+    /// # Errors
+    /// When the kernel gives no address space.
+    #[cold]
+    pub fn new_shared() -> Result<Arc<QueueStats>, MappingError> {
+        let mapping = Mapping::anonymous(size_of::<[OpStats; OPS]>())?;
+        Ok(Arc::new(QueueStats { ops: mapping.base().cast(), _mapping: mapping }))
     }
 
     /// The figures of one operation.
     #[inline]
     #[must_use]
     pub fn op(&self, op: IoOp) -> &OpStats {
-        &self.ops[op as usize]
+        // SAFETY: `ops` is the page-aligned start of a mapping of this size, private and live as long as `self`. All its
+        // bits were zero, which is the value 0 of every `AtomicU64` and `AtomicU32` in it.
+        let ops: &[OpStats; OPS] = unsafe { self.ops.as_ref() };
+        &ops[op as usize]
     }
 }

@@ -231,7 +231,7 @@ impl DaemonEngine {
             let controller = self.controllers.remove(at);
             let name = controller.spec().name.clone();
             let figures =
-                DiskFigures::of(controller.queue_statuses().iter().map(|s| s.stats.as_ref()));
+                DiskFigures::of(controller.queue_statuses().map(|(_, s)| s.stats.as_ref()));
             self.former.entry(controller.spec().bdev.clone()).or_default().add(&figures);
             self.latency_bases.remove(&name);
             self.pins.remove(&name);
@@ -364,7 +364,7 @@ impl DaemonEngine {
     fn disk_figures(&self, bdev: &str) -> DiskFigures {
         let mut sum = self.former.get(bdev).cloned().unwrap_or_default();
         for controller in self.controllers.iter().filter(|c| c.spec().bdev == bdev) {
-            sum.add(&DiskFigures::of(controller.queue_statuses().iter().map(|s| s.stats.as_ref())));
+            sum.add(&DiskFigures::of(controller.queue_statuses().map(|(_, s)| s.stats.as_ref())));
         }
         sum
     }
@@ -373,7 +373,7 @@ impl DaemonEngine {
     fn stage_rows(&self, controller: &Controller) -> Vec<(u16, IoOp, Stage, LatencySnapshot)> {
         let base = self.latency_bases.get(&controller.spec().name);
         let mut rows = Vec::new();
-        for (queue, status) in (0u16..).zip(controller.queue_statuses()) {
+        for (queue, status) in controller.queue_statuses() {
             for op in IoOp::ALL {
                 let stats = status.stats.op(op);
                 if stats.ops_count() == 0 {
@@ -734,7 +734,7 @@ impl Engine for DaemonEngine {
         let mut bases = Vec::new();
         for controller in self.filtered(&filter)? {
             let mut base = LatencyBase::new();
-            for (queue, status) in (0u16..).zip(controller.queue_statuses()) {
+            for (queue, status) in controller.queue_statuses() {
                 for op in IoOp::ALL {
                     let stats = status.stats.op(op);
                     if stats.ops_count() > 0 {

@@ -12,20 +12,14 @@ use std::sync::atomic::{Ordering, fence};
 
 use arrayvec::ArrayVec;
 use ringmill_core::spec::virtio_ring::{
-    DESC_BYTES, DESC_F_INDIRECT, DESC_F_NEXT, desc_table_bytes,
+    DESC_BYTES, DESC_F_INDIRECT, EVENT_FLAGS_AT, EVENT_FLAGS_DISABLE, PACKED_DESC_F_AVAIL,
+    PACKED_DESC_F_USED, desc_table_bytes,
 };
 
 use super::layout::QueueLayout;
 use super::memory::{LoadMemory, Window};
 use super::ring::{DriverRing, RingFault};
 use super::slots::{Op, SlotLines, Words};
-
-/// Descriptor flags of packed rings (§2.8.1).
-const DESC_F_AVAIL: u16 = 1 << 7;
-const DESC_F_USED: u16 = 1 << 15;
-/// Event suppression: no notifications (§2.8.14).
-const EVENT_FLAGS_DISABLE: u16 = 1;
-const EVENT_FLAGS_AT: usize = 2;
 
 /// A place in the ring and its wrap counter.
 #[derive(Clone, Copy, Debug)]
@@ -52,7 +46,7 @@ impl Place {
     /// The flags that make a descriptor available in this lap (§2.8.1).
     #[inline]
     fn avail_flags(self) -> u64 {
-        u64::from(if self.wrap { DESC_F_AVAIL } else { DESC_F_USED }) << 48
+        u64::from(if self.wrap { PACKED_DESC_F_AVAIL } else { PACKED_DESC_F_USED }) << 48
     }
 }
 
@@ -110,18 +104,16 @@ impl PackedRing {
     #[cold]
     #[inline(never)]
     fn reshape(&mut self, slot: u16, op: Op) {
-        let id = u64::from(slot) << 32;
         let mut template = Template::new();
         if self.indirect {
+            let id = u64::from(slot) << 32;
             let (table, len_bytes) = self.slots.write_table(slot, op, true);
             let flags = u64::from(DESC_F_INDIRECT) << 48;
             template.push([table, u64::from(len_bytes) | id | flags]);
         } else {
             let chain = self.slots.chain(slot, op);
             for (number, buffer) in chain.iter().enumerate() {
-                let next = if number + 1 < chain.len() { DESC_F_NEXT } else { 0 };
-                let flags = u64::from(buffer.flags | next) << 48;
-                template.push([buffer.addr, u64::from(buffer.len_bytes) | id | flags]);
+                template.push(buffer.packed_words(number + 1 < chain.len(), slot));
             }
         }
         self.templates[usize::from(slot)] = (Some(op), template);
@@ -163,7 +155,7 @@ impl DriverRing for PackedRing {
     fn poll(&mut self, done: &mut Vec<u16>) -> Result<(), RingFault> {
         while self.returned_count != self.published_count {
             let word = self.desc.load_u64(self.used.offset() + 8, Ordering::Acquire);
-            let used_flags = u64::from(DESC_F_AVAIL | DESC_F_USED) << 48;
+            let used_flags = u64::from(PACKED_DESC_F_AVAIL | PACKED_DESC_F_USED) << 48;
             let expected = if self.used.wrap { used_flags } else { 0 };
             if word & used_flags != expected {
                 break;

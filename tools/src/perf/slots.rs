@@ -70,6 +70,14 @@ impl Buffer {
         let rest = u64::from(self.len_bytes) | (u64::from(flags) << 32) | (u64::from(next) << 48);
         [self.addr, rest]
     }
+
+    /// As a descriptor of a packed ring or table (virtio 1.2 §2.8.13), without the marks of a lap.
+    #[inline]
+    pub(crate) fn packed_words(self, more: bool, id: u16) -> Words {
+        let flags = if more { self.flags | DESC_F_NEXT } else { self.flags };
+        let rest = u64::from(self.len_bytes) | (u64::from(id) << 32) | (u64::from(flags) << 48);
+        [self.addr, rest]
+    }
 }
 
 /// The buffers of a request, header first, status last.
@@ -162,8 +170,12 @@ impl SlotLines {
         let chain = self.chain(slot, op);
         let (table, count) = (self.line(slot) + TABLE_AT, chain.len());
         for ((number, buffer), next) in chain.iter().enumerate().zip(1u16..) {
-            let more = !packed && number + 1 < count;
-            let words = buffer.split_words(more, if more { next } else { 0 });
+            let more = number + 1 < count;
+            let words = if packed {
+                buffer.packed_words(false, 0)
+            } else {
+                buffer.split_words(more, if more { next } else { 0 })
+            };
             self.lines.store_u64(table + 16 * number, words[0], Ordering::Relaxed);
             self.lines.store_u64(table + 16 * number + 8, words[1], Ordering::Relaxed);
         }

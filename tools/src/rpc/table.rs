@@ -313,7 +313,7 @@ pub const METHODS: &[Method] = &[
                 "packed_ring",
                 Kind::Flag,
                 "false",
-                "true is refused: this version has split rings only"
+                "accepted and ignored: every disk offers packed rings, the guest chooses"
             ),
             Param::may("transport", Kind::Text, "vhost_user_blk", "the only one there is"),
             Param::may(

@@ -47,11 +47,6 @@ pub(super) fn create(call: Call<'_>) -> Result<Reply, RpcError> {
             "\"serial\" = \"{serial}\"; a guest sees at most {SERIAL_BYTES_MAX} ASCII characters"
         )));
     }
-    if params.flag("packed_ring") {
-        return Err(RpcError::params(
-            "\"packed_ring\" = true; this version has split rings only: leave it out",
-        ));
-    }
     if params.number("num_queues") == Some(0) {
         return Err(RpcError::params("\"num_queues\" = 0; a disk has at least one queue"));
     }

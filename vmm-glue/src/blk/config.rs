@@ -3,7 +3,7 @@
 use ringmill_core::io::IoOp;
 use ringmill_core::limits::SECTOR_BYTES;
 use ringmill_core::spec::virtio_blk::{self as spec, BlkConfig, CONFIG_BYTES};
-use ringmill_core::spec::virtio_ring::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
+use ringmill_core::spec::virtio_ring::{F_EVENT_IDX, F_INDIRECT_DESC, F_RING_PACKED, F_VERSION_1};
 
 use super::BlkDevice;
 
@@ -19,6 +19,7 @@ pub fn device_features(device: &BlkDevice) -> u64 {
     let mut bits = F_VERSION_1
         | F_INDIRECT_DESC
         | F_EVENT_IDX
+        | F_RING_PACKED
         | spec::F_SIZE_MAX
         | spec::F_SEG_MAX
         | spec::F_BLK_SIZE
@@ -85,7 +86,7 @@ mod tests {
 
     use ringmill_core::bdev::{Bdev, BdevError, BdevInfo, ChannelSeed, Geometry};
     use virtio_bindings::virtio_blk::{self as linux, virtio_blk_config as Layout};
-    use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+    use virtio_bindings::virtio_config::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
     use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
     use super::*;
@@ -157,6 +158,7 @@ mod tests {
             VIRTIO_F_VERSION_1,
             VIRTIO_RING_F_INDIRECT_DESC,
             VIRTIO_RING_F_EVENT_IDX,
+            VIRTIO_F_RING_PACKED,
             linux::VIRTIO_BLK_F_SIZE_MAX,
             linux::VIRTIO_BLK_F_SEG_MAX,
             linux::VIRTIO_BLK_F_BLK_SIZE,

@@ -11,12 +11,11 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use ringmill_core::bdev::{Bdev, BdevEvent, Claim, Registry, RegistryError};
 use ringmill_core::limits::CONTROLLER_QUEUES_MAX;
 use ringmill_core::reactor::ReactorHandle;
-use ringmill_core::stats::QueueStats;
 use thiserror::Error;
 
 use crate::vhost_user::{Peer, Session};
@@ -297,9 +296,7 @@ impl Controller {
             }
         };
         let serial = spec.serial.as_deref().unwrap_or(&spec.bdev);
-        let statuses = (0..spec.queues_max)
-            .map(|_| Arc::new(QueueStatus::new(QueueStats::new_shared())))
-            .collect();
+        let statuses = (0..spec.queues_max).map(|_| OnceLock::new()).collect();
         let shared = Arc::new(Shared {
             number,
             name: spec.name.clone(),
@@ -368,10 +365,11 @@ impl Controller {
         self.shared.places().cores()
     }
 
-    /// The figures of all queues, used or not.
-    #[must_use]
-    pub fn queue_statuses(&self) -> &[Arc<QueueStatus>] {
-        &self.shared.statuses
+    /// The figures of all queues that were ever started, with their numbers.
+    pub fn queue_statuses(&self) -> impl Iterator<Item = (u16, &Arc<QueueStatus>)> {
+        (0u16..)
+            .zip(&self.shared.statuses)
+            .filter_map(|(queue, status)| Some((queue, status.get()?)))
     }
 
     /// Connected front-ends.
@@ -382,13 +380,13 @@ impl Controller {
             .map(|(&vid, connected)| {
                 let session = connected.session.as_ref();
                 let regions = session.map(|s| s.memory().regions()).unwrap_or_default();
-                let queue = |(index, ring): (u16, &Option<super::frontend::RunningRing>)| {
+                let queue = |(index, ring): (u16, &Option<Box<super::frontend::RunningRing>>)| {
                     let ring = ring.as_ref()?;
                     Some(QueueView {
                         index,
                         size: ring.size(),
                         core: ring.poller.as_ref().and_then(|(_, r)| r.core()).map(|c| c.0),
-                        status: Arc::clone(&self.shared.statuses[usize::from(index)]),
+                        status: self.shared.status(index)?,
                         oldest_age_ns: ring.oldest_age_ns,
                         stuck_count: ring.stuck_count,
                     })

@@ -10,8 +10,8 @@ use ringmill_core::mem::MemTable;
 use ringmill_core::reactor::{Poller, PollerId, Reactor, ReactorCx};
 use ringmill_core::spec::virtio_ring::{F_EVENT_IDX, F_INDIRECT_DESC};
 
-use crate::vhost_user::RingStart;
-use crate::virtq::{RingWindows, SplitQueue, Virtqueue};
+use crate::vhost_user::{Layout, RingStart};
+use crate::virtq::{PackedQueue, RingWindows, SplitQueue, Virtqueue};
 
 use super::{NoTracking, QueueWorker, WorkerControl, WorkerParts};
 
@@ -19,26 +19,33 @@ type Worker<V> = QueueWorker<V, NoTracking>;
 
 /// Windows onto the ring; `None` when it does not lie in `mem` as its format demands.
 pub(super) fn windows(mem: &MemTable, start: &RingStart) -> Option<RingWindows> {
-    let at = start.addresses;
-    RingWindows::split(mem, start.size, at.desc.0, at.avail.0, at.used.0)
+    let (size, at) = (start.size, start.addresses);
+    match start.layout {
+        Layout::Split => RingWindows::split(mem, size, at.desc.0, at.avail.0, at.used.0),
+        Layout::Packed => RingWindows::packed(mem, size, at.desc.0, at.avail.0, at.used.0),
+    }
 }
 
-/// The worker that serves the ring.
+/// The worker that serves the ring; `None` when the ring has no place that its base names.
 pub(super) fn worker(
     start: &RingStart,
     windows: RingWindows,
     features: u64,
     parts: WorkerParts<(), NoTracking>,
     seed: Option<ChannelSeed>,
-) -> Box<dyn Poller> {
+) -> Option<Box<dyn Poller>> {
+    let (size, base) = (start.size, start.base);
     let event_idx = features & F_EVENT_IDX != 0;
     let indirect = features & F_INDIRECT_DESC != 0;
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "a split ring's base is 16 bits, the session checks it"
-    )]
-    let base = start.base as u16;
-    serve(SplitQueue::new(windows, start.size, base, event_idx, indirect), parts, seed)
+    Some(match start.layout {
+        Layout::Split => {
+            let base = u16::try_from(base).ok()?;
+            serve(SplitQueue::new(windows, size, base, event_idx, indirect), parts, seed)
+        }
+        Layout::Packed => {
+            serve(PackedQueue::new(windows, size, base, event_idx, indirect)?, parts, seed)
+        }
+    })
 }
 
 fn serve<V: Virtqueue>(
@@ -65,5 +72,9 @@ pub(super) fn with_worker<T>(
 /// The worker behind a poller.
 pub(super) fn control(poller: &mut dyn Poller) -> Option<&mut dyn WorkerControl> {
     let poller: &mut dyn Any = poller;
-    poller.downcast_mut::<Worker<SplitQueue>>().map(|worker| worker as &mut dyn WorkerControl)
+    if poller.is::<Worker<SplitQueue>>() {
+        poller.downcast_mut::<Worker<SplitQueue>>().map(|worker| worker as _)
+    } else {
+        poller.downcast_mut::<Worker<PackedQueue>>().map(|worker| worker as _)
+    }
 }

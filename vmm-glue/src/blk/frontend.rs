@@ -6,14 +6,15 @@
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use ringmill_core::IoStatus;
 use ringmill_core::bdev::{Bdev, InstantChannel};
 use ringmill_core::limits::MEMORY_REGIONS_MAX;
-use ringmill_core::mem::{Mapping, MemTable, RegionSpec};
+use ringmill_core::mem::{Mapping, MappingError, MemTable, RegionSpec};
 use ringmill_core::reactor::{Done, Message, PollerId, Reactor, ReactorCx, ReactorHandle};
 use ringmill_core::spec::virtio_blk as spec;
+use ringmill_core::stats::QueueStats;
 
 use crate::vhost_user::{
     Backend, Completion, GuestAddr, Progress, Refusal, RegionDesc, RingStart, SharedFd,
@@ -39,11 +40,26 @@ pub(super) struct Shared {
     pub(super) device: Arc<BlkDevice>,
     pub(super) queues_max: u16,
     pub(super) places: Mutex<Places>,
-    pub(super) statuses: Vec<Arc<QueueStatus>>,
+    /// Of the queues that were ever started.
+    pub(super) statuses: Vec<OnceLock<Arc<QueueStatus>>>,
     pub(super) events: EventSender,
 }
 
 impl Shared {
+    /// The figures of a queue that was ever started.
+    pub(super) fn status(&self, index: u16) -> Option<Arc<QueueStatus>> {
+        self.statuses.get(usize::from(index))?.get().cloned()
+    }
+
+    /// Makes the figures of a queue, or finds those that it has: they outlive sessions.
+    fn make_status(&self, index: u16) -> Result<(), MappingError> {
+        let place = &self.statuses[usize::from(index)];
+        if place.get().is_none() {
+            let _ = place.set(Arc::new(QueueStatus::new(QueueStats::new_shared()?)));
+        }
+        Ok(())
+    }
+
     /// Only the control thread locks it, for moments.
     pub(super) fn places(&self) -> MutexGuard<'_, Places> {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
@@ -140,7 +156,7 @@ pub(super) struct FrontEnd {
     lost_bdev: bool,
     mem: Arc<MemTable>,
     features: u64,
-    pub(super) rings: Vec<Option<RunningRing>>,
+    pub(super) rings: Vec<Option<Box<RunningRing>>>,
     /// True while this front-end's rings may run (one at a time per controller).
     active: bool,
     current: Option<Operation>,
@@ -218,6 +234,7 @@ impl FrontEnd {
         if !self.active || ring.poller.is_some() || ring.transit.is_some() {
             return;
         }
+        let Some(status) = self.shared.status(index) else { return };
         let (vid, number, events) = (self.vid, self.shared.number, self.shared.events.clone());
         let start = ring.start.clone();
         let Some(windows) = format::windows(&self.mem, &start) else {
@@ -230,7 +247,7 @@ impl FrontEnd {
             mem: Arc::clone(&self.mem),
             device: Arc::clone(&self.shared.device),
             channel: Box::new(InstantChannel::new(IoStatus::Gone)),
-            status: Arc::clone(&self.shared.statuses[usize::from(index)]),
+            status,
             kick: start.kick.clone(),
             call: start.call.clone(),
             enabled: start.enabled,
@@ -246,7 +263,10 @@ impl FrontEnd {
             }
             None => None,
         };
-        let worker = format::worker(&start, windows, self.features, parts, seed);
+        let Some(worker) = format::worker(&start, windows, self.features, parts, seed) else {
+            tracing::error!(controller = %self.shared.name, "queue {index}: no ring of {} entries goes on at {:#x}", start.size, start.base);
+            return;
+        };
         let reactor = self.shared.reactor_of(index);
         let id = PollerId::next();
         let name = format!("{}:{index}", self.shared.name);
@@ -546,7 +566,7 @@ impl FrontEnd {
     /// Asks every busy ring how old its oldest request is; the answers come as events.
     pub(super) fn ask_ages(&mut self) {
         for index in 0..self.shared.queues_max {
-            let busy = self.shared.statuses[usize::from(index)].inflight_count() > 0;
+            let busy = self.shared.status(index).is_some_and(|s| s.inflight_count() > 0);
             if busy && self.rings[usize::from(index)].is_some() {
                 let (vid, controller, events) =
                     (self.vid, self.shared.number, self.shared.events.clone());
@@ -671,13 +691,14 @@ impl Backend for FrontEnd {
         if format::windows(&self.mem, &ring).is_none() {
             return Err(format!("queue {index}: its rings do not lie in the guest's memory").into());
         }
-        self.rings[usize::from(index)] = Some(RunningRing {
+        self.shared.make_status(index)?;
+        self.rings[usize::from(index)] = Some(Box::new(RunningRing {
             start: ring,
             poller: None,
             transit: None,
             oldest_age_ns: None,
             stuck_count: 0,
-        });
+        }));
         self.launch(index);
         Ok(())
     }

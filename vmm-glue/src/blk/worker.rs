@@ -271,8 +271,8 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
 
     #[inline]
     fn show(&self) {
-        let (avail, used) = (self.parts.queue.base(), u32::from(self.parts.queue.used_index()));
-        self.parts.status.show(len_u32(self.slots.live_count()), avail, used);
+        let (avail, used) = self.parts.queue.indices();
+        self.parts.status.show(len_u32(self.slots.live_count()), avail.into(), used.into());
     }
 
     fn set_state(&mut self, state: QueueState) {

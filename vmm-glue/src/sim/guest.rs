@@ -11,7 +11,7 @@ use ringmill_core::units::{bytes_u64, index, len_u32, usize_of};
 
 use super::twin::{Claim, SECTOR, Stamp, Twin, pattern};
 use super::watch::{STATUS_UNSET, Watch};
-use super::{Buffer, Dice, DriverRing, GuestMemory};
+use super::{Buffer, Dice, GuestMemory, GuestRing};
 
 /// Bytes of memory for the buffers of one request.
 pub(super) const ARENA_BYTES: usize = 512 << 10;
@@ -82,7 +82,7 @@ enum Phase {
 /// A driver on one queue.
 #[derive(Debug)]
 pub(super) struct Guest {
-    pub(super) ring: DriverRing,
+    pub(super) ring: Box<dyn GuestRing>,
     pub(super) arenas: Vec<Arena>,
     /// An interrupt is pending.
     pub(super) interrupt: bool,
@@ -112,7 +112,7 @@ enum Cut {
 
 impl Guest {
     pub(super) fn new(
-        ring: DriverRing,
+        ring: Box<dyn GuestRing>,
         arenas: Vec<Arena>,
         requests_count: usize,
         (indirect, event_idx, polls): (bool, bool, bool),
@@ -152,13 +152,11 @@ impl Guest {
     /// In words, for the report of a hang.
     pub(super) fn describe(&self, memory: &GuestMemory) -> String {
         format!(
-            "{:?}, {} in flight, {} to issue, published {}, used {} of {}",
+            "{:?}, {} in flight, {} to issue, {}",
             self.phase,
             self.inflight_count,
             self.left,
-            self.ring.published(),
-            self.ring.last_used(),
-            self.ring.used_index(memory)
+            self.ring.describe(memory)
         )
     }
 
@@ -204,8 +202,9 @@ impl Guest {
             self.publish(world);
         } else if !self.look_due && !self.polls && self.inflight_count > 0 && world.dice.chance(500)
         {
-            let most = if self.event_idx { self.inflight_count - 1 } else { 0 };
-            let after = if world.dice.chance(300) { world.dice.index(most + 1) } else { 0 };
+            let most = if self.event_idx { self.ring.waiting_max() - 1 } else { 0 };
+            let far = world.dice.chance(300);
+            let after = if far { world.dice.index(usize::from(most) + 1) } else { 0 };
             let after = u16::try_from(after).unwrap_or(0);
             self.ring.ask_interrupt(&world.memory, after);
             self.phase = Phase::Falling(after);

@@ -1,10 +1,10 @@
-//! The whole data path on one thread under a virtual clock: guest models, split rings, queue workers, a model disk.
+//! The whole data path on one thread under a virtual clock: guest models, split and packed rings, queue workers, a model disk.
 //!
 //! [`simulate`] runs one seed to its end or to the first broken promise: read your writes, every request answered
 //! exactly once, flushed data survives a power cut, no hang, nothing written outside the buffers that a request named.
 //! Everything that happens follows from the seed, so a failure is replayed by its number.
 //!
-//! Scheduler: [`run`]; the driver's side of a ring: [`ring`](DriverRing); the medium: [`disk`]; the expected contents:
+//! Scheduler: [`run`]; the driver's side of a ring: [`ring`](GuestRing), [`packed`](PackedDriverRing); the medium: [`disk`]; the expected contents:
 //! [`twin`].
 //!
 //! **Invariant:** the models are written from the specifications and share no code with what they test.
@@ -13,6 +13,7 @@ mod dice;
 mod disk;
 mod guest;
 mod memory;
+mod packed;
 mod ring;
 mod run;
 mod twin;
@@ -20,5 +21,6 @@ mod watch;
 
 pub use dice::Dice;
 pub use memory::GuestMemory;
-pub use ring::{Buffer, DriverRing};
+pub use packed::PackedDriverRing;
+pub use ring::{Buffer, DriverRing, GuestRing};
 pub use run::{Failure, Report, simulate};

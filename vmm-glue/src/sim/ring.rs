@@ -1,8 +1,11 @@
-//! The driver's side of a split virtqueue (virtio 1.2 §2.7), written from the specification and nothing else.
+//! The driver's side of a virtqueue, and of a split one (virtio 1.2 §2.7), written from the specification and nothing
+//! else.
 //!
 //! Flow: buffers → descriptors (direct, indirect or both) → avail ring → kick?; used ring → heads. Owner: the guest
 //! model or a test. **Invariant:** publishing an entry and looking whether the device wants a kick are two calls, and
 //! so are asking for an interrupt and looking again, so that a simulator can put the device's work between them.
+
+use std::fmt::Debug;
 
 use ringmill_core::spec::virtio_ring::{
     AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, USED_F_NO_NOTIFY,
@@ -25,7 +28,59 @@ pub struct Buffer {
     pub writable: bool,
 }
 
-/// A driver's ring.
+/// A driver's ring of any format.
+pub trait GuestRing: Debug + Send {
+    /// Entries.
+    fn size(&self) -> u16;
+
+    /// Descriptors not in use.
+    fn free_count(&self) -> usize;
+
+    /// The device's windows onto this ring.
+    fn device_rings(&self, memory: &GuestMemory) -> Option<RingWindows>;
+
+    /// Adds a chain: the first `direct_count` buffers as descriptors of the ring, the rest (if any) in an indirect table
+    /// at `table`; a packed ring, which must not mix, puts all of them there then. Returns the head, or `None` without
+    /// enough free descriptors. The device does not see it yet.
+    fn add(
+        &mut self,
+        memory: &GuestMemory,
+        dice: &mut Dice,
+        buffers: &[Buffer],
+        direct_count: usize,
+        table: u64,
+    ) -> Option<u16>;
+
+    /// Shows the device everything that was added; true when there was anything.
+    fn publish(&mut self, memory: &GuestMemory) -> bool;
+
+    /// Looks whether the device wants a kick for what was published since the last look.
+    fn wants_kick(&mut self, memory: &GuestMemory) -> bool;
+
+    /// Takes the next used element: head and length. Its descriptors are free then.
+    fn take_used(&mut self, memory: &GuestMemory) -> Option<(u32, u32)>;
+
+    /// Asks for an interrupt when more than `after` are waiting, counted as `used_waiting` does (only EVENT_IDX can wait
+    /// for more than one).
+    fn ask_interrupt(&self, memory: &GuestMemory, after: u16);
+
+    /// Wants no interrupts for now.
+    fn suppress_interrupts(&self, memory: &GuestMemory);
+
+    /// What was used and the driver has not taken: elements of a split ring, places of a packed one.
+    fn used_waiting(&self, memory: &GuestMemory) -> u16;
+
+    /// What `used_waiting` would be if the device returned everything that was added.
+    fn waiting_max(&self) -> u16;
+
+    /// Where a device goes on that has returned all that it took.
+    fn drained_base(&self, memory: &GuestMemory) -> u32;
+
+    /// In words, for the report of a hang.
+    fn describe(&self, memory: &GuestMemory) -> String;
+}
+
+/// A driver's split ring.
 #[derive(Debug)]
 pub struct DriverRing {
     size: u16,
@@ -83,34 +138,10 @@ impl DriverRing {
         }
     }
 
-    /// The device's windows onto this ring.
-    #[must_use]
-    pub fn device_rings(&self, memory: &GuestMemory) -> Option<RingWindows> {
-        RingWindows::split(
-            &memory.table(),
-            self.size,
-            GuestMemory::user_addr(self.desc),
-            GuestMemory::user_addr(self.avail),
-            GuestMemory::user_addr(self.used),
-        )
-    }
-
     /// Guest addresses of descriptor table, avail ring and used ring.
     #[must_use]
     pub fn addrs(&self) -> (u64, u64, u64) {
         (self.desc, self.avail, self.used)
-    }
-
-    /// Entries.
-    #[must_use]
-    pub fn size(&self) -> u16 {
-        self.size
-    }
-
-    /// Descriptors not in use.
-    #[must_use]
-    pub fn free_count(&self) -> usize {
-        self.free.len()
     }
 
     /// The used index up to which the driver has looked.
@@ -140,40 +171,6 @@ impl DriverRing {
         bytes[12..14].copy_from_slice(&flags.to_le_bytes());
         bytes[14..].copy_from_slice(&next.to_le_bytes());
         memory.write(at, &bytes);
-    }
-
-    /// Adds a chain: the first `direct_count` buffers as descriptors of the ring, the rest (if any) in an indirect table
-    /// at `table`. Returns the head, or `None` without enough free descriptors. The device does not see it yet.
-    pub fn add(
-        &mut self,
-        memory: &GuestMemory,
-        dice: &mut Dice,
-        buffers: &[Buffer],
-        direct_count: usize,
-        table: u64,
-    ) -> Option<u16> {
-        let direct_count = direct_count.min(buffers.len());
-        let (direct, rest) = buffers.split_at(direct_count);
-        let needed = direct_count + usize::from(!rest.is_empty());
-        if needed == 0 || needed > self.free.len() {
-            return None;
-        }
-        let chain: Vec<u16> =
-            (0..needed).map(|_| self.free.swap_remove(dice.index(self.free.len()))).collect();
-        for (at, buffer) in direct.iter().enumerate() {
-            let next = chain.get(at + 1).copied();
-            self.put(memory, chain[at], *buffer, next, dice);
-        }
-        if !rest.is_empty() {
-            let len = len_u32(rest.len() * 16);
-            let at = self.desc + 16 * u64::from(chain[direct_count]);
-            Self::write_desc(memory, at, table, len, DESC_F_INDIRECT, 0xffff);
-            Self::write_table(memory, dice, table, rest);
-        }
-        let head = chain[0];
-        self.chains[usize::from(head)] = chain;
-        self.offer(memory, head);
-        Some(head)
     }
 
     fn put(
@@ -224,16 +221,72 @@ impl DriverRing {
         self.added = self.added.wrapping_add(1);
     }
 
-    /// Shows the device everything that was added; true when there was anything.
-    pub fn publish(&mut self, memory: &GuestMemory) -> bool {
+    /// Entries that the device has been shown: the index in the avail ring.
+    #[must_use]
+    pub fn published(&self) -> u16 {
+        self.published
+    }
+}
+
+impl GuestRing for DriverRing {
+    fn size(&self) -> u16 {
+        self.size
+    }
+
+    fn free_count(&self) -> usize {
+        self.free.len()
+    }
+
+    fn device_rings(&self, memory: &GuestMemory) -> Option<RingWindows> {
+        RingWindows::split(
+            &memory.table(),
+            self.size,
+            GuestMemory::user_addr(self.desc),
+            GuestMemory::user_addr(self.avail),
+            GuestMemory::user_addr(self.used),
+        )
+    }
+
+    fn add(
+        &mut self,
+        memory: &GuestMemory,
+        dice: &mut Dice,
+        buffers: &[Buffer],
+        direct_count: usize,
+        table: u64,
+    ) -> Option<u16> {
+        let direct_count = direct_count.min(buffers.len());
+        let (direct, rest) = buffers.split_at(direct_count);
+        let needed = direct_count + usize::from(!rest.is_empty());
+        if needed == 0 || needed > self.free.len() {
+            return None;
+        }
+        let chain: Vec<u16> =
+            (0..needed).map(|_| self.free.swap_remove(dice.index(self.free.len()))).collect();
+        for (at, buffer) in direct.iter().enumerate() {
+            let next = chain.get(at + 1).copied();
+            self.put(memory, chain[at], *buffer, next, dice);
+        }
+        if !rest.is_empty() {
+            let len = len_u32(rest.len() * 16);
+            let at = self.desc + 16 * u64::from(chain[direct_count]);
+            Self::write_desc(memory, at, table, len, DESC_F_INDIRECT, 0xffff);
+            Self::write_table(memory, dice, table, rest);
+        }
+        let head = chain[0];
+        self.chains[usize::from(head)] = chain;
+        self.offer(memory, head);
+        Some(head)
+    }
+
+    fn publish(&mut self, memory: &GuestMemory) -> bool {
         let news = self.published != self.added;
         self.published = self.added;
         memory.write_u16(self.avail + 2, self.published);
         news
     }
 
-    /// Looks whether the device wants a kick for what was published since the last look.
-    pub fn wants_kick(&mut self, memory: &GuestMemory) -> bool {
+    fn wants_kick(&mut self, memory: &GuestMemory) -> bool {
         let old = std::mem::replace(&mut self.looked, self.published);
         let news = self.published.wrapping_sub(old);
         if self.event_idx {
@@ -244,8 +297,7 @@ impl DriverRing {
         }
     }
 
-    /// Takes the next used element: id and length. Its descriptors are free then.
-    pub fn take_used(&mut self, memory: &GuestMemory) -> Option<(u32, u32)> {
+    fn take_used(&mut self, memory: &GuestMemory) -> Option<(u32, u32)> {
         if self.used_index(memory) == self.last_used {
             return None;
         }
@@ -258,8 +310,7 @@ impl DriverRing {
         Some((id, memory.read_u32(at + 4)))
     }
 
-    /// Asks for an interrupt when `after` more elements than one are used (only EVENT_IDX can wait for more).
-    pub fn ask_interrupt(&self, memory: &GuestMemory, after: u16) {
+    fn ask_interrupt(&self, memory: &GuestMemory, after: u16) {
         if self.event_idx {
             let event = self.last_used.wrapping_add(after);
             memory.write_u16(self.avail + 4 + 2 * u64::from(self.size), event);
@@ -268,8 +319,7 @@ impl DriverRing {
         }
     }
 
-    /// Wants no interrupts for now.
-    pub fn suppress_interrupts(&self, memory: &GuestMemory) {
+    fn suppress_interrupts(&self, memory: &GuestMemory) {
         if self.event_idx {
             let event = self.last_used.wrapping_sub(1);
             memory.write_u16(self.avail + 4 + 2 * u64::from(self.size), event);
@@ -278,15 +328,24 @@ impl DriverRing {
         }
     }
 
-    /// Used elements that the driver has not taken.
-    #[must_use]
-    pub fn used_waiting(&self, memory: &GuestMemory) -> u16 {
+    fn used_waiting(&self, memory: &GuestMemory) -> u16 {
         self.used_index(memory).wrapping_sub(self.last_used)
     }
 
-    /// Entries that the device has been shown: the index in the avail ring.
-    #[must_use]
-    pub fn published(&self) -> u16 {
-        self.published
+    fn waiting_max(&self) -> u16 {
+        self.added.wrapping_sub(self.last_used)
+    }
+
+    fn drained_base(&self, memory: &GuestMemory) -> u32 {
+        u32::from(self.used_index(memory))
+    }
+
+    fn describe(&self, memory: &GuestMemory) -> String {
+        format!(
+            "split, published {}, used {} of {}",
+            self.published,
+            self.last_used,
+            self.used_index(memory)
+        )
     }
 }

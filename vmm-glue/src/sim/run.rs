@@ -21,13 +21,13 @@ use ringmill_core::stats::QueueStats;
 use ringmill_core::units::{bytes_u64, usize_of};
 
 use crate::blk::{BlkDevice, QueueStatus, QueueWorker, WorkerControl, WorkerEvent, WorkerParts};
-use crate::virtq::SplitQueue;
+use crate::virtq::{PackedQueue, SplitQueue, Virtqueue};
 
 use super::disk::{DiskRules, ModelBdev, ModelDisk};
 use super::guest::{ARENA_BYTES, Arena, Guest, TABLE_BYTES, World};
 use super::twin::Twin;
 use super::watch::{Watch, WatchedQueue};
-use super::{Dice, DriverRing, GuestMemory};
+use super::{Dice, DriverRing, GuestMemory, GuestRing, PackedDriverRing};
 
 const SERIAL: &str = "simulated disk";
 const ARENAS_PER_QUEUE: usize = 8;
@@ -98,7 +98,7 @@ struct Queue {
     worker: Option<Worker>,
     status: Arc<QueueStatus>,
     reactor: usize,
-    base: u16,
+    base: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -146,6 +146,7 @@ struct Sim {
     action: Action,
     action_per_100k: u64,
     hot: bool,
+    packed: bool,
     indirect: bool,
     event_idx: bool,
     broken: Arc<Mutex<Option<WorkerEvent>>>,
@@ -201,9 +202,12 @@ impl Sim {
         let rules = choose_rules(&mut dice);
         let queues_count = dice.pick(&[1, 2, 2, 3]);
         let reactors_count = dice.between(1, queues_count);
-        let size = dice.pick(&[4u16, 16, 64, 256]);
+        let packed = dice.chance(500);
+        let sizes = if packed { [3u16, 17, 63, 256] } else { [4u16, 16, 64, 256] };
+        let size = dice.pick(&sizes);
         let (indirect, event_idx) = (size < 16 || dice.chance(700), dice.chance(600));
-        let ring_bytes = DriverRing::bytes(size).next_multiple_of(4096);
+        let ring_bytes = DriverRing::bytes(size).max(PackedDriverRing::bytes(size));
+        let ring_bytes = ring_bytes.next_multiple_of(4096);
         let (memory, arenas_at) = choose_memory(&mut dice, queues_count, ring_bytes);
         let disk = ModelDisk::new(rules, seed);
         let bdev: Arc<dyn Bdev> = Arc::new(ModelBdev::new(&rules).map_err(|e| e.to_string())?);
@@ -236,6 +240,7 @@ impl Sim {
             action: Action::None,
             action_per_100k: bytes_u64(dice.pick(&[0, 50, 500, 3000])),
             hot: false,
+            packed,
             indirect,
             event_idx,
             broken: Arc::default(),
@@ -275,7 +280,14 @@ impl Sim {
         let queue_bytes = bytes_u64(ring_bytes + ARENAS_PER_QUEUE * TABLE_BYTES);
         let ring_at = RINGS_AT + bytes_u64(at) * queue_bytes;
         let start = self.dice.pick(&[0, 65_530, 65_535, 32_767, 100]);
-        let ring = DriverRing::new(memory, ring_at, size, self.event_idx, start);
+        let event_idx = self.event_idx;
+        let ring: Box<dyn GuestRing> = if self.packed {
+            let ring = PackedDriverRing::new(memory, ring_at, size, event_idx, start.into());
+            Box::new(ring)
+        } else {
+            Box::new(DriverRing::new(memory, ring_at, size, event_idx, start))
+        };
+        let base = ring.drained_base(memory);
         let arenas = (0..ARENAS_PER_QUEUE).map(|i| Arena {
             base: arenas_at + bytes_u64((at * ARENAS_PER_QUEUE + i) * ARENA_BYTES),
             table: ring_at + bytes_u64(ring_bytes + i * TABLE_BYTES),
@@ -292,8 +304,8 @@ impl Sim {
         );
         let reactor = at % self.reactors.len();
         self.reactors[reactor].queues.push(at);
-        let status = Arc::new(QueueStatus::new(QueueStats::new_shared()));
-        self.queues.push(Queue { guest, worker: None, status, reactor, base: start });
+        let status = Arc::new(QueueStatus::new(QueueStats::new_shared().expect("memory")));
+        self.queues.push(Queue { guest, worker: None, status, reactor, base });
         self.start_worker(at)
     }
 
@@ -320,10 +332,17 @@ impl Sim {
         let rings = queue.guest.ring.device_rings(&self.world.memory).ok_or("no ring windows")?;
         let size = queue.guest.ring.size();
         let broken = Arc::clone(&self.broken);
-        let split = SplitQueue::new(rings, size, queue.base, self.event_idx, self.indirect);
+        let (base, event_idx, indirect) = (queue.base, self.event_idx, self.indirect);
+        let inner: Box<dyn Virtqueue> = if self.packed {
+            let packed = PackedQueue::new(rings, size, base, event_idx, indirect);
+            Box::new(packed.ok_or("the ring has no such place")?)
+        } else {
+            let base = u16::try_from(base).map_err(|e| e.to_string())?;
+            Box::new(SplitQueue::new(rings, size, base, event_idx, indirect))
+        };
         let watch = queue.guest.watch.clone();
         let mut worker = QueueWorker::new(WorkerParts {
-            queue: WatchedQueue::new(split, watch.clone()),
+            queue: WatchedQueue::new(inner, watch.clone()),
             tracking: watch,
             mem: self.world.memory.table(),
             device: Arc::clone(&self.device),
@@ -591,9 +610,9 @@ impl Sim {
                 return Err(format!("queue {at} says drained with requests in flight"));
             }
             let base = worker.base();
-            let used = queue.guest.ring.used_index(&self.world.memory);
-            if base != u32::from(used) {
-                return Err(format!("queue {at} drained at base {base}, used index {used}"));
+            let expected = queue.guest.ring.drained_base(&self.world.memory);
+            if base != expected {
+                return Err(format!("queue {at} drained at base {base:#x}, not {expected:#x}"));
             }
             let reactor = &mut self.reactors[queue.reactor];
             reactor.asleep = false;
@@ -608,7 +627,7 @@ impl Sim {
                 Then::Stop => {
                     worker.detach(&mut reactor.cx);
                     queue.worker = None;
-                    queue.base = used;
+                    queue.base = base;
                     let until = self.step + self.dice.below(60);
                     self.action = Action::Stopped { queue: at, until };
                 }

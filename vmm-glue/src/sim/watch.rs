@@ -9,7 +9,7 @@ use ringmill_core::io::Batch;
 use ringmill_core::mem::{MemTable, Segment};
 
 use crate::blk::Tracking;
-use crate::virtq::{Chain, QueueError, RingWindows, SplitQueue, Virtqueue};
+use crate::virtq::{Chain, QueueError, RingWindows, Virtqueue};
 
 /// What a status byte holds before the device writes it.
 pub(super) const STATUS_UNSET: u8 = 0xaa;
@@ -50,16 +50,15 @@ impl Watch {
     }
 }
 
-/// A split queue under observation.
-#[derive(Debug)]
+/// A queue under observation.
 pub(super) struct WatchedQueue {
-    inner: SplitQueue,
+    inner: Box<dyn Virtqueue>,
     watch: Watch,
     unpublished: Vec<u16>,
 }
 
 impl WatchedQueue {
-    pub(super) fn new(inner: SplitQueue, watch: Watch) -> WatchedQueue {
+    pub(super) fn new(inner: Box<dyn Virtqueue>, watch: Watch) -> WatchedQueue {
         WatchedQueue { inner, watch, unpublished: Vec::new() }
     }
 }
@@ -128,8 +127,8 @@ impl Virtqueue for WatchedQueue {
         self.inner.size()
     }
 
-    fn used_index(&self) -> u16 {
-        self.inner.used_index()
+    fn indices(&self) -> (u16, u16) {
+        self.inner.indices()
     }
 
     fn memory_gone(&self) -> bool {

@@ -90,8 +90,8 @@ pub enum Error {
     RingAlignment { index: u16, area: &'static str, addr: UserAddr, align_bytes: u64 },
     #[error("the {area} of ring {index} at {addr:#x} does not fit into 64-bit addresses")]
     RingAddress { index: u16, area: &'static str, addr: UserAddr },
-    #[error("ring {index} cannot start at base {base:#x}: a split ring's index has 16 bits")]
-    RingBase { index: u16, base: u32 },
+    #[error("ring {index} cannot start at base {base:#x}: {reason}")]
+    RingBase { index: u16, base: u32, reason: &'static str },
     #[error(
         "SET_VRING_ADDR for ring {index} has flags {flags:#x}; logging was not negotiated and no other flag exists"
     )]

@@ -30,5 +30,5 @@ pub use codec::{Connection, ConnectionState, Receive};
 pub use descriptor::SharedFd;
 pub use error::Error;
 pub use memory::{GuestAddr, RegionDesc, UserAddr};
-pub use ring::{RingAddresses, RingStart};
+pub use ring::{Layout, RingAddresses, RingStart};
 pub use session::{Interest, Peer, Session, SessionState};

@@ -9,6 +9,8 @@
 //! Spec: vhost-user protocol, "Ring states", "Starting and stopping rings"; virtio 1.2 §2.7 (split: 16, 2 and 4 bytes
 //! alignment), §2.8 (packed: 16, 4 and 4).
 
+use crate::virtq::PackedQueue;
+
 use super::descriptor::SharedFd;
 use super::error::Error;
 use super::memory::{MemoryTable, UserAddr};
@@ -24,6 +26,16 @@ pub enum Layout {
     Split,
     /// Descriptor ring, driver and device event suppression.
     Packed,
+}
+
+impl Layout {
+    /// Where a ring begins that has never run: a packed one in its first lap, which counts as 1 (virtio 1.2 §2.8.1).
+    pub(super) fn first_base(self) -> u32 {
+        match self {
+            Layout::Split => 0,
+            Layout::Packed => 0x8000_8000,
+        }
+    }
 }
 
 /// Where a ring's areas are, in the front-end's addresses.
@@ -51,6 +63,8 @@ impl RingAddresses {
 /// A ring that can run.
 #[derive(Clone, Debug)]
 pub struct RingStart {
+    /// Its kind.
+    pub layout: Layout,
     /// Entries; for a split ring a power of two.
     pub size: u16,
     /// Its areas.
@@ -86,8 +100,8 @@ pub struct Ring {
     pub size: Option<u16>,
     /// SET_VRING_ADDR.
     pub addresses: Option<RingAddresses>,
-    /// SET_VRING_BASE, or where the ring stopped.
-    pub base: u32,
+    /// SET_VRING_BASE, or where the ring stopped; `None`: at the beginning.
+    pub base: Option<u32>,
     /// SET_VRING_KICK.
     pub kick: Kick,
     /// SET_VRING_CALL. It outlives a stop: QEMU sends it once at start-up and expects it to hold.
@@ -105,7 +119,7 @@ impl Default for Ring {
         Self {
             size: None,
             addresses: None,
-            base: 0,
+            base: None,
             kick: Kick::Unset,
             call: None,
             err: None,
@@ -133,14 +147,18 @@ impl Ring {
         // Each was checked when it came, but perhaps before the features that decide about the layout.
         check_size(index, layout, size.into())?;
         check_addresses(index, layout, &addresses)?;
-        if layout == Layout::Split && self.base > u32::from(u16::MAX) {
-            return Err(Error::RingBase { index, base: self.base });
-        }
+        let base = self.base(layout);
+        check_base(index, layout, size, base)?;
         if !is_covered(layout, size, &addresses, memory) {
             return Ok(None);
         }
-        let (base, call, err) = (self.base, self.call.clone(), self.err.clone());
-        Ok(Some(RingStart { size, addresses, base, enabled, kick, call, err }))
+        let (call, err) = (self.call.clone(), self.err.clone());
+        Ok(Some(RingStart { layout, size, addresses, base, enabled, kick, call, err }))
+    }
+
+    /// Where the ring would start.
+    pub(super) fn base(&self, layout: Layout) -> u32 {
+        self.base.unwrap_or(layout.first_base())
     }
 
     /// What keeps the ring from running; `None` when it runs.
@@ -179,6 +197,19 @@ pub(super) fn check_size(index: u16, layout: Layout, size: u32) -> Result<u16, E
         }
         _ => Err(Error::RingSize { index, size }),
     }
+}
+
+/// Checks that a ring of this size has the places that its base names.
+fn check_base(index: u16, layout: Layout, size: u16, base: u32) -> Result<(), Error> {
+    let reason = match layout {
+        Layout::Split if base > u32::from(u16::MAX) => "a split ring's index has 16 bits",
+        Layout::Packed if !PackedQueue::is_base(size, base) => {
+            "both places (bits 0-14 and 16-30, wrap counters in bits 15 and 31) must lie in the packed ring, and the one \
+             for available descriptors less than a lap ahead of the other"
+        }
+        _ => return Ok(()),
+    };
+    Err(Error::RingBase { index, base, reason })
 }
 
 /// Checks the alignment of a ring's areas, and that the largest ring at these addresses does not wrap.
@@ -326,10 +357,33 @@ mod tests {
     #[test]
     fn a_split_ring_cannot_start_beyond_16_bits_and_a_packed_one_can() {
         let memory = memory(0x1000, 0x10000);
-        let ring = Ring { base: 0x1_0000, ..ready() };
+        let ring = Ring { base: Some(0x1_0000), ..ready() };
         assert!(matches!(start(&ring, &memory), Err(Error::RingBase { .. })));
-        let ring = Ring { base: 0x8000_8000, ..ready() };
+        let ring = Ring { base: Some(0x8007_8009), ..ready() };
         let started = ring.start(0, Layout::Packed, &memory, false).unwrap().unwrap();
-        assert_eq!((started.base, started.enabled), (0x8000_8000, false));
+        assert_eq!((started.base, started.enabled), (0x8007_8009, false));
+        assert_eq!(started.layout, Layout::Packed);
+    }
+
+    #[test]
+    fn a_ring_without_a_base_starts_at_the_beginning_of_its_kind() {
+        let memory = memory(0x1000, 0x10000);
+        for (layout, base) in [(Layout::Split, 0), (Layout::Packed, 0x8000_8000)] {
+            let started = ready().start(0, layout, &memory, true).unwrap().unwrap();
+            assert_eq!(started.base, base);
+        }
+    }
+
+    #[test]
+    fn a_packed_base_names_places_of_the_ring_less_than_a_lap_apart() {
+        // 3 entries. Used and available: same place, ahead by 1, 2, and 2 over the border between laps.
+        for base in [0x8000_8000, 0x0001_0001, 0x8000_8001, 0x8000_8002, 0x8002_0001] {
+            assert!(check_base(0, Layout::Packed, 3, base).is_ok(), "{base:#x}");
+        }
+        // Places outside; available behind used; a whole lap ahead; only the half for available descriptors.
+        for base in [0x8000_8003, 0x8003_8000, 0xffff_ffff, 0x8001_8000, 0x8000_0000, 0x0000_8000] {
+            let checked = check_base(0, Layout::Packed, 3, base);
+            assert!(matches!(checked, Err(Error::RingBase { .. })), "{base:#x}");
+        }
     }
 }

@@ -28,7 +28,7 @@ pub enum ChainFault {
 /// A chain that was taken from a ring. Its segments lie in the batch from `segments_at` on.
 #[derive(Clone, Copy, Debug)]
 pub struct Chain {
-    /// The head, to be returned in the used ring.
+    /// The head, or a packed ring's buffer id: what the guest knows the chain by when it comes back.
     pub head: u16,
     /// Index of the first segment in the batch.
     pub segments_at: usize,

@@ -1,15 +1,18 @@
 //! Virtqueues: the rings that a guest and a reactor share.
 //!
 //! [`Virtqueue`] is the narrow seam between ring formats and the worker; the worker is monomorphized over it.
-//! [`split`] implements virtio 1.2 §2.7; chains are walked and translated by [`chain`].
+//! [`split`] implements virtio 1.2 §2.7, [`packed`] §2.8; chains are walked and translated by [`chain`].
 
 mod chain;
 mod notify;
+mod packed;
+mod position;
 mod split;
 mod windows;
 
 pub use chain::{Chain, ChainFault};
 pub use notify::needs_event;
+pub use packed::PackedQueue;
 pub use split::SplitQueue;
 pub use windows::RingWindows;
 
@@ -40,11 +43,45 @@ pub enum QueueError {
         /// Entries in the table.
         size: u16,
     },
-    /// A head that has not been returned yet.
-    #[error("descriptor {head} was made available again while it is in flight")]
+    /// A head (packed: buffer id) that has not been returned yet.
+    #[error("head or buffer id {head} was made available again while it is in flight")]
     HeadInFlight {
         /// The head.
         head: u16,
+    },
+    /// A buffer id outside the range that the queue can tell apart.
+    #[error("a chain's buffer id is {id}, the packed ring has {size} entries")]
+    BufferId {
+        /// The id.
+        id: u16,
+        /// Entries in the ring.
+        size: u16,
+    },
+    /// More descriptors than the packed ring has free.
+    #[error(
+        "a chain at descriptor {at} of the packed ring runs into descriptors that are in flight: of {size} entries {free} were free"
+    )]
+    Overrun {
+        /// Where the chain begins.
+        at: u16,
+        /// Entries that were free.
+        free: u16,
+        /// Entries in the ring.
+        size: u16,
+    },
+    /// A list whose later descriptors were not made available with its first (virtio 1.2 §2.8.6).
+    #[error("a chain goes on at entry {at} of the packed ring, which is not marked as available")]
+    Torn {
+        /// Where it goes on.
+        at: u16,
+    },
+    /// Descriptors that changed after they had been made available.
+    #[error(
+        "the driver changed descriptors of the packed ring after it had made them available, at or before entry {at}"
+    )]
+    Changed {
+        /// Where it was noticed.
+        at: u16,
     },
     /// `next` outside its table.
     #[error("a descriptor's next field is {next}, its table has {size} entries")]
@@ -84,10 +121,11 @@ pub trait Virtqueue: Send + 'static {
     /// Goes on in other windows onto the same ring (the front-end has laid its memory out anew); returns the old ones.
     fn relocate(&mut self, windows: RingWindows) -> RingWindows;
 
-    /// Reads the guest's index once: entries that can be taken now.
+    /// Looks at the guest's side once: entries that can be taken now. A split ring reads its index; a packed one has none
+    /// and looks ahead over the descriptors, each once, a bounded number per call: what is not counted now is later.
     ///
     /// # Errors
-    /// [`QueueError::IndexJump`].
+    /// [`QueueError::IndexJump`], [`QueueError::Overrun`], [`QueueError::Torn`].
     fn available(&mut self) -> Result<u16, QueueError>;
 
     /// Takes the next chain (`available` said that there is one), translated into the batch's segment list; `Ok(None)`
@@ -118,14 +156,15 @@ pub trait Virtqueue: Send + 'static {
     /// Asks for a kick at the next entry, then looks again: true when entries are there already.
     fn request_kick(&mut self) -> bool;
 
-    /// Where the queue would go on: the value of GET_VRING_BASE.
+    /// Where the queue would go on, in the format of GET_VRING_BASE.
     fn base(&self) -> u32;
 
     /// Entries in the ring.
     fn size(&self) -> u16;
 
-    /// The next used index, for status output.
-    fn used_index(&self) -> u16;
+    /// The next available and the next used index, for status output; those of a packed ring have the wrap counter in
+    /// bit 15.
+    fn indices(&self) -> (u16, u16);
 
     /// True once the guest's memory went away.
     fn memory_gone(&self) -> bool;

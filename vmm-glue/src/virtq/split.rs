@@ -290,8 +290,8 @@ impl Virtqueue for SplitQueue {
         self.size
     }
 
-    fn used_index(&self) -> u16 {
-        self.published_used
+    fn indices(&self) -> (u16, u16) {
+        (self.next_avail, self.published_used)
     }
 
     fn memory_gone(&self) -> bool {

@@ -6,18 +6,19 @@
 
 use ringmill_core::mem::{MemTable, SharedSlice};
 use ringmill_core::spec::virtio_ring::{
-    AVAIL_ALIGN, DESC_ALIGN, USED_ALIGN, avail_bytes, desc_table_bytes, used_bytes,
+    AVAIL_ALIGN, DESC_ALIGN, EVENT_ALIGN, EVENT_BYTES, USED_ALIGN, avail_bytes, desc_table_bytes,
+    used_bytes,
 };
 use ringmill_core::units::usize_of;
 
 /// Windows onto a ring.
 #[derive(Debug)]
 pub struct RingWindows {
-    /// Descriptor table.
+    /// Descriptor table, or descriptor ring.
     pub(super) desc: SharedSlice,
-    /// Available ring.
+    /// Available ring, or driver event suppression.
     pub(super) avail: SharedSlice,
-    /// Used ring.
+    /// Used ring, or device event suppression.
     pub(super) used: SharedSlice,
 }
 
@@ -36,6 +37,23 @@ impl RingWindows {
             desc: mem.window_at_user_addr(desc, desc_table_bytes(size), usize_of(DESC_ALIGN))?,
             avail: mem.window_at_user_addr(avail, avail_bytes(size), usize_of(AVAIL_ALIGN))?,
             used: mem.window_at_user_addr(used, used_bytes(size), usize_of(USED_ALIGN))?,
+        })
+    }
+
+    /// A packed ring of `size` entries and its driver and device event suppression, likewise (§2.8.10.1).
+    #[must_use]
+    pub fn packed(
+        mem: &MemTable,
+        size: u16,
+        desc: u64,
+        driver: u64,
+        device: u64,
+    ) -> Option<RingWindows> {
+        let event = |addr| mem.window_at_user_addr(addr, EVENT_BYTES, usize_of(EVENT_ALIGN));
+        Some(RingWindows {
+            desc: mem.window_at_user_addr(desc, desc_table_bytes(size), usize_of(DESC_ALIGN))?,
+            avail: event(driver)?,
+            used: event(device)?,
         })
     }
 

@@ -17,8 +17,8 @@ use ringmill_core::status::IoStatus;
 use ringmill_vmm_glue::blk::{
     BlkDevice, NoTracking, QueueState, QueueStatus, QueueWorker, WorkerEvent, WorkerParts,
 };
-use ringmill_vmm_glue::sim::{Buffer, Dice, DriverRing, GuestMemory};
-use ringmill_vmm_glue::virtq::{QueueError, SplitQueue};
+use ringmill_vmm_glue::sim::{Buffer, Dice, DriverRing, GuestMemory, GuestRing, PackedDriverRing};
+use ringmill_vmm_glue::virtq::{PackedQueue, QueueError, RingWindows, SplitQueue, Virtqueue};
 
 pub const SECTORS_COUNT: u64 = 8192;
 pub const RING_AT: u64 = 0x1_0000;
@@ -88,14 +88,53 @@ impl Channel for BenchChannel {
     fn close(&mut self, _io: &mut IoCx) {}
 }
 
-pub type Worker = QueueWorker<SplitQueue, NoTracking>;
+/// A ring format: both sides of a ring.
+pub trait Format {
+    type Ring: GuestRing;
+    type Queue: Virtqueue;
+
+    fn ring(memory: &GuestMemory, setup: &Setup) -> Self::Ring;
+    fn queue(windows: RingWindows, ring: &Self::Ring, setup: &Setup) -> Self::Queue;
+}
+
+pub struct Split;
+
+impl Format for Split {
+    type Ring = DriverRing;
+    type Queue = SplitQueue;
+
+    fn ring(memory: &GuestMemory, setup: &Setup) -> DriverRing {
+        DriverRing::new(memory, RING_AT, setup.size, setup.event_idx, 0)
+    }
+
+    fn queue(windows: RingWindows, _ring: &DriverRing, setup: &Setup) -> SplitQueue {
+        SplitQueue::new(windows, setup.size, 0, setup.event_idx, true)
+    }
+}
+
+pub struct Packed;
+
+impl Format for Packed {
+    type Ring = PackedDriverRing;
+    type Queue = PackedQueue;
+
+    fn ring(memory: &GuestMemory, setup: &Setup) -> PackedDriverRing {
+        PackedDriverRing::new(memory, RING_AT, setup.size, setup.event_idx, 0)
+    }
+
+    fn queue(windows: RingWindows, ring: &PackedDriverRing, setup: &Setup) -> PackedQueue {
+        let base = ring.base_at(0);
+        let queue = PackedQueue::new(windows, setup.size, base, setup.event_idx, setup.indirect);
+        queue.expect("a place of the ring")
+    }
+}
 
 /// One queue on its bench.
-pub struct Bench {
+pub struct BenchOf<F: Format> {
     pub cx: ReactorCx,
     pub memory: GuestMemory,
-    pub ring: DriverRing,
-    pub worker: Worker,
+    pub ring: F::Ring,
+    pub worker: QueueWorker<F::Queue, NoTracking>,
     pub device: Arc<BlkDevice>,
     pub status: Arc<QueueStatus>,
     pub events: Arc<Mutex<Vec<QueueError>>>,
@@ -103,6 +142,8 @@ pub struct Bench {
     pub dice: Dice,
     next_buffer: u64,
 }
+
+pub type Bench = BenchOf<Split>;
 
 /// What varies between benches.
 #[derive(Clone, Copy, Debug)]
@@ -113,6 +154,8 @@ pub struct Setup {
     pub record: bool,
     pub status: IoStatus,
     pub event_idx: bool,
+    /// Of packed rings; split ones always have it.
+    pub indirect: bool,
 }
 
 impl Default for Setup {
@@ -124,6 +167,7 @@ impl Default for Setup {
             record: true,
             status: IoStatus::Ok,
             event_idx: false,
+            indirect: true,
         }
     }
 }
@@ -159,29 +203,29 @@ pub fn channel(setup: &Setup, seen: &Arc<Mutex<Vec<IoRequest>>>) -> BenchChannel
     }
 }
 
-impl Bench {
-    pub fn new(setup: Setup) -> Bench {
+impl<F: Format> BenchOf<F> {
+    pub fn new(setup: Setup) -> Self {
         // A second region directly behind the first, and nothing behind that.
         let memory = GuestMemory::new(&[
             (RING_AT, MEMORY_BYTES),
             (RING_AT + MEMORY_BYTES as u64, MEMORY_BYTES),
         ]);
-        Bench::with(setup, memory, |channel| Box::new(channel))
+        Self::with(setup, memory, |channel| Box::new(channel))
     }
 
     pub fn with(
         setup: Setup,
         memory: GuestMemory,
         wrap: impl FnOnce(BenchChannel) -> Box<dyn Channel>,
-    ) -> Bench {
-        let ring = DriverRing::new(&memory, RING_AT, setup.size, setup.event_idx, 0);
+    ) -> Self {
+        let ring = F::ring(&memory, &setup);
         let rings = ring.device_rings(&memory).expect("the windows fit");
         let device = device(setup.read_only);
-        let status = Arc::new(QueueStatus::new(QueueStats::new_shared()));
+        let status = Arc::new(QueueStatus::new(QueueStats::new_shared().expect("memory")));
         let (events, seen) = (Arc::default(), Arc::default());
         let told: Arc<Mutex<Vec<QueueError>>> = Arc::clone(&events);
         let mut worker = QueueWorker::new(WorkerParts {
-            queue: SplitQueue::new(rings, setup.size, 0, setup.event_idx, true),
+            queue: F::queue(rings, &ring, &setup),
             tracking: NoTracking,
             mem: memory.table(),
             device: Arc::clone(&device),
@@ -198,7 +242,7 @@ impl Bench {
         });
         let mut cx = ReactorCx::simulated(1).expect("memory");
         worker.attach(&mut cx);
-        Bench {
+        BenchOf {
             cx,
             memory,
             ring,

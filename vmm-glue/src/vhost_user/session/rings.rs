@@ -92,9 +92,10 @@ impl Session {
             return Err(Error::RingRuns { request, index });
         }
         if layout == Layout::Split && base > u32::from(u16::MAX) {
-            return Err(Error::RingBase { index, base });
+            let reason = "a split ring's index has 16 bits";
+            return Err(Error::RingBase { index, base, reason });
         }
-        ring.base = base;
+        ring.base = Some(base);
         Ok(Outcome::Ack)
     }
 
@@ -105,9 +106,10 @@ impl Session {
     ) -> Result<Outcome, Error> {
         let request = Request::GetVringBase;
         let (index, _) = self.vring_state(request, payload)?;
+        let layout = self.layout();
         let ring = self.ring(index);
         if !ring.started {
-            let base = ring.base;
+            let base = ring.base(layout);
             return Ok(self.ring_stopped(index, base));
         }
         match backend.stop_ring(index).map_err(|source| Error::Backend { request, source })? {
@@ -121,7 +123,7 @@ impl Session {
         let ring = self.ring(index);
         ring.started = false;
         ring.kick = Kick::Unset;
-        ring.base = base;
+        ring.base = Some(base);
         Outcome::Reply(VringState { index: index.into(), value: base }.encode())
     }
 

@@ -711,9 +711,9 @@ fn a_ring_is_answered_for_only_when_it_is_drained() {
     bench.session.complete(&mut bench.mock, done).unwrap();
     assert_eq!(VringStateReply::decode(&bench.reply_to(&stop)), (0, 42));
     assert_eq!(bench.session.interest(), Interest { readable: true, writable: false });
-    assert_eq!(bench.session.rings()[0].base, 42);
+    assert_eq!(bench.session.rings()[0].base, Some(42));
     let _ = bench.session.on_readable(&mut bench.mock).unwrap();
-    assert_eq!(bench.session.rings()[0].base, 9);
+    assert_eq!(bench.session.rings()[0].base, Some(9));
 }
 
 #[test]
