@@ -477,6 +477,17 @@ fn a_broken_queue_stays_silent() {
         bench.offer(&[header, data, status]);
     }
     assert!(bench.is_broken());
+    // Nor on another reactor.
+    let mut other = ReactorCx::simulated(2).expect("memory");
+    bench.worker.detach(&mut bench.cx);
+    drop(bench.worker.replant(None, true));
+    bench.worker.attach(&mut other);
+    assert!(bench.worker.take_problem().is_none() && bench.is_broken());
+    for _ in 0..3 {
+        bench.worker.poll(&mut other);
+        bench.offer(&[header, data, status]);
+    }
+    assert!(bench.is_broken());
     assert_eq!(bench.ring.used_index(&bench.memory), before);
     let mut byte = [0];
     bench.memory.read(status.addr, &mut byte);

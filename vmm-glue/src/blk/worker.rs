@@ -12,9 +12,9 @@
 
 use ringmill_core::bdev::{Channel, ChannelSeed};
 use ringmill_core::io::{Completion, IoOp, Slots};
-use ringmill_core::limits::{BATCH_REQUESTS_MAX, PASS_BYTES_MAX, QUEUE_INFLIGHT_MAX};
+use ringmill_core::limits::{BATCH_REQUESTS_MAX, QUEUE_INFLIGHT_MAX};
 use ringmill_core::mem::{Segment, lost_mappings_count};
-use ringmill_core::reactor::{ClientId, Done, Poller, ReactorCx};
+use ringmill_core::reactor::{ClientId, Done, Poller, ReactorCx, Share};
 use ringmill_core::units::{len_u32, usize_of};
 
 use crate::virtq::{Chain, QueueError, Virtqueue};
@@ -22,17 +22,20 @@ use crate::virtq::{Chain, QueueError, Virtqueue};
 use super::arrivals::Arrivals;
 use super::notifier::Notifier;
 use super::request::{Parsed, parse};
-use super::{QueueState, Tracking, WorkerEvent};
+use super::{QueueState, Tracking};
 
 mod answer;
 mod control;
 mod finished;
 mod parts;
+mod placing;
 
 pub use control::WorkerControl;
 pub use parts::WorkerParts;
+pub use placing::PlaceError;
 
 use finished::{Finished, FinishedList};
+use placing::Trial;
 
 /// A request in flight, as the guest knows it.
 #[derive(Debug)]
@@ -57,9 +60,12 @@ pub struct QueueWorker<V, T> {
     finished: FinishedList,
     mem_hint: usize,
     notifier: Notifier,
+    /// Its part of what the reactor's queues may move.
+    share: Share,
     /// Mappings of the process that had lost their memory when this queue last looked.
     lost_seen: u32,
     seed: Option<ChannelSeed>,
+    trial: Trial,
     waiting: Vec<Done>,
 }
 
@@ -82,8 +88,10 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
             finished: FinishedList::default(),
             mem_hint: 0,
             notifier: Notifier::new(parts.kick.take(), parts.call.take()),
+            share: Share::default(),
             lost_seen: lost_mappings_count(),
             seed: None,
+            trial: Trial::default(),
             waiting: Vec::with_capacity(4),
             state: QueueState::Running,
             parts,
@@ -108,15 +116,21 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
         }
         self.parts.queue.suppress_kicks();
         self.arrivals.note(available, cx.pass_ns);
-        let room =
-            self.parts.channel.room(&cx.io).requests.min(self.slots.room()).min(BATCH_REQUESTS_MAX);
+        let room = self.parts.channel.room(&cx.io);
+        let bytes_max = cx.io.fair.intake_bytes(&self.share, room.bytes);
+        if bytes_max == 0 {
+            // Debts are paid by polling on; room in flight comes with a completion.
+            return Ok(room.bytes == 0);
+        }
+        let room = room.requests.min(self.slots.room()).min(BATCH_REQUESTS_MAX);
         let size_bytes = self.parts.device.info().size_bytes();
-        let mut bytes = 0;
+        let (mut bytes, mut left) = (0, available);
         cx.batch.clear();
         for _ in 0..room.min(usize::from(available)) {
             let popped =
                 self.parts.queue.pop(&self.parts.mem, &mut self.mem_hint, &mut cx.batch)?;
             let Some(chain) = popped else { break };
+            left -= 1;
             let seen_ns = self.arrivals.take(cx.pass_ns);
             self.mark_taken(chain.head)?;
             match parse(&chain, &mut cx.batch, &self.parts.device, size_bytes)? {
@@ -137,7 +151,7 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
                     request.tag = tag;
                     bytes += request.len_bytes;
                     cx.batch.push(request);
-                    if bytes >= PASS_BYTES_MAX {
+                    if bytes >= bytes_max {
                         break;
                     }
                 }
@@ -151,7 +165,9 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
                 }
             }
         }
-        self.submit(cx, None);
+        if self.submit(cx, None) && left == 0 {
+            cx.io.fair.served_all(&self.share, cx.pass_ns);
+        }
         Ok(room > 0)
     }
 
@@ -183,11 +199,14 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
         // One clock read for the whole batch: it was handed over in one call.
         let now_ns = cx.io.clock.now_ns();
         let view = cx.batch.view();
+        let mut data_bytes = 0;
         for request in &view.requests()[..taken] {
+            data_bytes += request.op.data_bytes(request.len_bytes);
             if let Some(slot) = self.slots.get_mut(request.tag) {
                 slot.submitted_ns = now_ns;
             }
         }
+        cx.io.fair.started(&mut self.share, data_bytes);
         if !all && let Some((head, seen_ns)) = last {
             self.put_back(head, seen_ns);
         }
@@ -211,10 +230,12 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
         if lost_mappings_count() != self.lost_seen {
             self.look_for_lost_memory();
         }
+        let mut data_bytes = 0;
         for at in 0..cx.completions.len() {
             let Completion { tag, status } = cx.completions[at];
             let Some(slot) = self.slots.remove(tag) else { continue };
             self.unmark(slot.head);
+            data_bytes += slot.op.data_bytes(slot.bytes);
             if self.state == QueueState::Broken {
                 continue;
             }
@@ -224,6 +245,7 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
             let InFlight { op, bytes, seen_ns, submitted_ns, .. } = slot;
             self.finished.push(Finished { op, ok: status.is_ok(), bytes, seen_ns, submitted_ns });
         }
+        cx.io.fair.ended(&mut self.share, data_bytes);
         !cx.completions.is_empty()
     }
 
@@ -269,6 +291,7 @@ impl<V: Virtqueue, T: Tracking> Poller for QueueWorker<V, T> {
     fn poll(&mut self, cx: &mut ReactorCx) -> bool {
         self.notifier.poll(cx, &self.parts.status);
         let mut work = false;
+        cx.io.fair.begin(&mut self.share, cx.pass_ns);
         if self.state == QueueState::Running && self.parts.enabled {
             match self.intake(cx) {
                 Ok(found) => work = found,
@@ -276,6 +299,7 @@ impl<V: Virtqueue, T: Tracking> Poller for QueueWorker<V, T> {
             }
         }
         work |= self.complete(cx);
+        cx.io.fair.end(&mut self.share);
         if work {
             self.publish(cx);
             self.show();
@@ -291,7 +315,8 @@ impl<V: Virtqueue, T: Tracking> Poller for QueueWorker<V, T> {
         if (busy && self.parts.channel.must_poll()) || self.notifier.must_poll(cx) {
             return true;
         }
-        if busy && self.slots.room().min(self.parts.channel.room(&cx.io).requests) == 0 {
+        let full = self.slots.room().min(self.parts.channel.room(&cx.io).requests) == 0;
+        if busy && (full || cx.io.fair.holds_back(&self.share, cx.pass_ns)) {
             // Nothing can be taken before something ends, and that wakes the reactor.
             return false;
         }
@@ -313,32 +338,11 @@ impl<V: Virtqueue, T: Tracking> Poller for QueueWorker<V, T> {
     }
 
     fn attach(&mut self, cx: &mut ReactorCx) {
-        if let Some(seed) = self.seed.take() {
-            match seed(&mut cx.io) {
-                Ok(channel) => self.parts.channel = channel,
-                Err(error) => (self.parts.events)(WorkerEvent::NoChannel(error)),
-            }
-        }
-        self.set_state(QueueState::Running);
-        if let Err(error) = self.notifier.attach(cx) {
-            // A queue that can neither hear nor call its guest would only hang it later.
-            self.set_state(QueueState::Broken);
-            return (self.parts.events)(WorkerEvent::NoNotifications(error));
-        }
-        // A predecessor that died may have left kicks suppressed or an interrupt unsent: say what holds now, and send
-        // one interrupt to be sure. Entries that are there already are found by the first poll.
-        self.parts.queue.request_kick();
-        self.notifier.signal(cx, &self.parts.status);
-        self.show();
+        self.arrive(cx);
     }
 
     fn detach(&mut self, cx: &mut ReactorCx) {
-        if self.parts.channel.inflight() == 0 {
-            self.parts.channel.close(&mut cx.io);
-        }
-        self.notifier.detach(cx, &self.parts.status);
-        self.show();
-        self.parts.status.set_state(QueueState::Stopped);
+        self.depart(cx);
     }
 
     fn quiesce(&mut self, _cx: &mut ReactorCx, done: Done) {
