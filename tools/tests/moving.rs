@@ -54,7 +54,9 @@ fn pollers(daemon: &Daemon, name: &str) -> Vec<(u64, String)> {
     let threads = threads["threads"].as_array().expect("threads").clone();
     let mut all = Vec::new();
     for (core, thread) in (0..).zip(&threads) {
-        let names = thread["active_pollers"].as_array().expect("pollers").iter();
+        // A queue without traffic is parked.
+        let lists = ["active_pollers", "paused_pollers"];
+        let names = lists.iter().flat_map(|list| thread[list].as_array().expect("pollers"));
         let names = names.map(|p| p["name"].as_str().expect("a name").to_owned());
         all.extend(names.filter(|n| n.starts_with(&prefix)).map(|n| (core, n)));
     }
