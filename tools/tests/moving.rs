@@ -207,6 +207,21 @@ fn a_sleeping_guest_hears_of_every_answer_while_its_queue_moves() {
         moving.join().expect("every move succeeds")
     });
     assert!(moves > 100, "{moves} moves");
+    // A signal that cannot be delivered stays behind; the next one is a new one.
+    for core in [1, 0, 1] {
+        load.ring.block_call();
+        load.run(&data, 3);
+        let params = json!({"ctrlr": "ram", "cpumask": format!("[{core}]")});
+        daemon.call("vhost_controller_set_cpumask", &params);
+        assert!(load.ring.wait_call(WAIT_MAX), "it was full");
+        for _ in 0..3 {
+            load.submit(&data);
+            while load.poll(&[&data]) == 0 {
+                assert!(load.ring.wait_call(WAIT_MAX), "core {core}: no interrupt");
+            }
+        }
+    }
+    load.drain(&[&data]);
     // A stopped ring says where it stands, and a started one goes on there, wherever it has been.
     let base = front.stop(&load.ring);
     assert_eq!(base, load.ring.avail_index);
