@@ -1,4 +1,4 @@
-//! Writes the man pages and shell completions of both programs: `man_pages MAN_DIR COMPLETIONS_DIR`.
+//! Writes the man pages and shell completions of all programs: `man_pages MAN_DIR COMPLETIONS_DIR`.
 //!
 //! In: the command lines as clap knows them, so a page cannot differ from `--help`. Out: one page per program and
 //! subcommand, one completion script per shell. Run by `cargo xtask man`, which stays light without these crates.
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use clap::CommandFactory;
 use clap_complete::Shell;
-use ringmill_tools::{ctl, daemon};
+use ringmill_tools::{ctl, daemon, perf};
 
 const SHELLS: [Shell; 3] = [Shell::Bash, Shell::Zsh, Shell::Fish];
 
@@ -22,7 +22,8 @@ fn main() -> Result<()> {
         fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
     }
     write::<daemon::args::Cli>(&man, &completions)?;
-    write::<ctl::Cli>(&man, &completions)
+    write::<ctl::Cli>(&man, &completions)?;
+    write::<perf::Cli>(&man, &completions)
 }
 
 fn write<Cli: CommandFactory>(man: &Path, completions: &Path) -> Result<()> {

@@ -386,3 +386,62 @@ fn qemus_storage_daemon_is_driven_too() {
         assert_eq!(result["verify"]["faults"], 0);
     }
 }
+
+#[test]
+fn sockets_have_options_of_their_own_and_idle_ones_get_nothing() {
+    let daemon = Daemon::with(["-m", "3"]);
+    let (big, small, idle) =
+        (add_null(&daemon, "big"), add_null(&daemon, "small"), add_null(&daemon, "idle"));
+    let with = |socket: &Path, words: &str| format!("{}{words}", socket.display());
+    let (big_words, small_words) = (with(&big, ",o=64k,q=64,n=2"), with(&small, ",w=randwrite"));
+    let idle_words = with(&idle, ",idle,n=3");
+    let args = ["-t", "0.3", "-q", "1", &idle_words, &big_words, &small_words];
+    let result = measured(&args, &[]);
+    let jobs = result["jobs"].as_array().expect("jobs");
+    assert_eq!(jobs.len(), 2, "{result:#}");
+    let asked = |job: &Value| {
+        let options = &job["job options"];
+        (count(&options["bs"]), count(&options["iodepth"]), count(&options["queues"]))
+    };
+    assert_eq!((asked(&jobs[0]), asked(&jobs[1])), ((65536, 64, 2), (4096, 1, 1)));
+    assert_eq!(count(&jobs[0]["read"]["all_ios"]), counted(&daemon, "big").0);
+    assert_eq!(count(&jobs[1]["write"]["all_ios"]), counted(&daemon, "small").1);
+    let bytes =
+        count(&daemon.call("bdev_get_iostat", &json!({"name": "big"}))["bdevs"][0]["bytes_read"]);
+    assert_eq!(bytes, 65536 * counted(&daemon, "big").0);
+    assert_eq!(counted(&daemon, "idle"), (0, 0));
+    assert_eq!(count(&result["client"]["idle_disks"]), 1);
+    // Each job's latencies are its own disk's.
+    for (job, op, disk) in [(0, "read", 0), (1, "write", 1)] {
+        let disk = &result["disks"][disk];
+        assert_eq!(jobs[job][op]["lat_ns"]["N"], disk["total_ios"], "{result:#}");
+        assert_eq!(count(&disk["job"]), u64::try_from(job).expect("small"));
+    }
+    let text = perf(&args, &[]);
+    let text = String::from_utf8_lossy(&text.stdout);
+    for want in
+        ["randread: 64 kib requests, depth 64, 2 split queues", "randwrite: 4 kib", "1 idle disk"]
+    {
+        assert!(text.to_lowercase().contains(&want.to_lowercase()), "{want}: {text}");
+    }
+}
+
+#[test]
+fn an_idle_disk_has_running_rings() {
+    let daemon = Daemon::with(["-m", "3"]);
+    let (busy, idle) = (add_null(&daemon, "busy"), add_null(&daemon, "idle"));
+    let idle_words = format!("{},idle,n=2", idle.display());
+    let mut load = Ended::start(&["-t", "30", "-q", "1", &idle_words], &busy);
+    let state = || {
+        let answer = daemon.call("vhost_get_controllers", &json!({"name": "idle"}));
+        let session = &answer[0]["sessions"][0];
+        (answer[0]["state"].clone(), session["queues"].as_array().map_or(0, Vec::len))
+    };
+    assert!(wait_for(WAIT_MAX, || state() == (json!("running"), 2)), "{:?}", state());
+    rustix::process::kill_process(
+        rustix::process::Pid::from_child(&load.0),
+        rustix::process::Signal::TERM,
+    )
+    .expect("our child");
+    assert!(load.output().status.success());
+}

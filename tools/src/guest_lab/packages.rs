@@ -36,10 +36,19 @@ pub const NEEDS: &[Need] = &[
     Need { file: "apt-get", package: "apt" },
 ];
 
+/// What other developers' commands use: counting instructions.
+pub const TOOLS: &[Need] = &[Need { file: "valgrind", package: "valgrind" }];
+
 /// The needs that this machine does not meet.
 #[must_use]
 pub fn missing() -> Vec<&'static Need> {
     NEEDS.iter().filter(|need| find(need.file).is_none()).collect()
+}
+
+/// The same with the developers' tools.
+#[must_use]
+pub fn missing_anywhere() -> Vec<&'static Need> {
+    NEEDS.iter().chain(TOOLS).filter(|need| find(need.file).is_none()).collect()
 }
 
 /// The packages of `needs`, each once, in the order of the list.

@@ -4,6 +4,8 @@
 //! latency, logarithmic too, because stages differ by orders of magnitude. One chart per controller, queue and
 //! operation; one line per stage. Coordinates are decadic logarithms; only the labels undo them.
 
+use std::ops::Range;
+
 use plotters::{
     chart::{ChartBuilder, SeriesLabelPosition},
     drawing::{DrawingArea, IntoDrawingArea},
@@ -51,44 +53,76 @@ pub fn render(rows: &[Row]) -> Result<String, String> {
     Ok(text)
 }
 
-fn chart(
-    area: &DrawingArea<SVGBackend<'_>, plotters::coord::Shift>,
-    group: &[&Row],
-) -> Result<(), String> {
+/// A line of a chart, in its coordinates.
+#[derive(Debug, Clone)]
+pub struct Line {
+    /// Its name in the legend.
+    pub label: String,
+    /// From left to right.
+    pub points: Vec<(f64, f64)>,
+}
+
+/// What surrounds the lines. Coordinates are what the caller likes, logarithms mostly; the texts undo them.
+pub struct Axes<'a> {
+    /// Above the chart.
+    pub title: String,
+    /// Beside the axes.
+    pub descriptions: (&'a str, &'a str),
+    /// Where they end.
+    pub ranges: (Range<f64>, Range<f64>),
+    /// Labels on each, at most.
+    pub labels_count: (usize, usize),
+    /// A label's text; empty: none there.
+    pub texts: (&'a dyn Fn(f64) -> String, &'a dyn Fn(f64) -> String),
+}
+
+/// One chart as a file.
+///
+/// # Errors
+/// What the drawing library says.
+pub fn figure(axes: &Axes<'_>, lines: &[Line]) -> Result<String, String> {
+    let mut text = String::new();
+    {
+        let root = SVGBackend::with_string(&mut text, CHART_SIZE).into_drawing_area();
+        root.fill(&WHITE).map_err(|error| error.to_string())?;
+        draw(&root, axes, lines)?;
+        root.present().map_err(|error| error.to_string())?;
+    }
+    Ok(text)
+}
+
+type Area<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
+
+fn draw(area: &Area<'_>, axes: &Axes<'_>, lines: &[Line]) -> Result<(), String> {
     let failed = |error: plotters::drawing::DrawingAreaErrorKind<std::io::Error>| error.to_string();
-    let lines: Vec<Vec<(f64, f64)>> = group.iter().map(|row| curve(row)).collect();
-    let points = || lines.iter().flatten();
-    let rarest = points().map(|point| point.0).fold(1.0, f64::max).ceil();
-    let lowest = points().map(|point| point.1).fold(f64::INFINITY, f64::min).floor();
-    let highest = points().map(|point| point.1).fold(lowest + 1.0, f64::max).ceil();
     let mut chart = ChartBuilder::on(area)
-        .caption(title(group), (FONT, 20))
+        .caption(&axes.title, (FONT, 20))
         .margin(12)
         .margin_right(40)
         .x_label_area_size(44)
         .y_label_area_size(72)
-        .build_cartesian_2d(0.0..rarest, lowest..highest)
+        .build_cartesian_2d(axes.ranges.0.clone(), axes.ranges.1.clone())
         .map_err(failed)?;
     chart
         .configure_mesh()
-        .x_labels(decades(rarest))
-        .y_labels(decades(highest - lowest))
-        .x_label_formatter(&|x| percentile_text(*x))
-        .y_label_formatter(&|y| decade_text(*y))
-        .x_desc("percentile")
-        .y_desc("latency")
+        .x_labels(axes.labels_count.0)
+        .y_labels(axes.labels_count.1)
+        .x_label_formatter(&|x| (axes.texts.0)(*x))
+        .y_label_formatter(&|y| (axes.texts.1)(*y))
+        .x_desc(axes.descriptions.0)
+        .y_desc(axes.descriptions.1)
         .label_style((FONT, 14))
         .axis_desc_style((FONT, 15))
         .bold_line_style(GRID)
         .light_line_style(WHITE)
         .draw()
         .map_err(failed)?;
-    for ((row, line), colour) in group.iter().zip(lines).zip(COLOURS.iter().cycle()) {
+    for (line, colour) in lines.iter().zip(COLOURS.iter().cycle()) {
         let style = ShapeStyle::from(colour).stroke_width(2);
         chart
-            .draw_series(LineSeries::new(line, style))
+            .draw_series(LineSeries::new(line.points.iter().copied(), style))
             .map_err(failed)?
-            .label(format!("{} ({} requests)", row.stage, row.histogram.len()))
+            .label(&line.label)
             .legend(move |(x, y)| PathElement::new(vec![(x, y), (x + 20, y)], style));
     }
     chart
@@ -99,6 +133,26 @@ fn chart(
         .label_font((FONT, 14))
         .draw()
         .map_err(failed)
+}
+
+fn chart(area: &Area<'_>, group: &[&Row]) -> Result<(), String> {
+    let line = |row: &&Row| Line {
+        label: format!("{} ({} requests)", row.stage, row.histogram.len()),
+        points: curve(row),
+    };
+    let lines: Vec<Line> = group.iter().map(line).collect();
+    let points = || lines.iter().flat_map(|line| &line.points);
+    let rarest = points().map(|point| point.0).fold(1.0, f64::max).ceil();
+    let lowest = points().map(|point| point.1).fold(f64::INFINITY, f64::min).floor();
+    let highest = points().map(|point| point.1).fold(lowest + 1.0, f64::max).ceil();
+    let axes = Axes {
+        title: title(group),
+        descriptions: ("percentile", "latency"),
+        ranges: (0.0..rarest, lowest..highest),
+        labels_count: (decades(rarest), decades(highest - lowest)),
+        texts: (&percentile_text, &decade_text),
+    };
+    draw(area, &axes, &lines)
 }
 
 /// (nines, logarithm of ns) along a histogram.
@@ -115,7 +169,9 @@ fn curve(row: &Row) -> Vec<(f64, f64)> {
         .collect()
 }
 
-fn decades(span: f64) -> usize {
+/// Labels for whole numbers in a range of this length.
+#[must_use]
+pub fn decades(span: f64) -> usize {
     (1..=20_u32)
         .find(|count| f64::from(*count) > span)
         .and_then(|n| usize::try_from(n).ok())
@@ -138,7 +194,9 @@ fn percentile_text(nines: f64) -> String {
     }
 }
 
-fn decade_text(logarithm: f64) -> String {
+/// A time from its decadic logarithm in ns.
+#[must_use]
+pub fn decade_text(logarithm: f64) -> String {
     duration_text(10_f64.powf(logarithm)).replace(".00", "").replace(".0 ", " ")
 }
 

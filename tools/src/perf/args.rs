@@ -8,6 +8,7 @@ use ringmill_core::limits::{CONTROLLER_QUEUES_MAX, SECTOR_BYTES};
 use crate::config::size;
 
 use super::PerfError;
+use super::job::Target;
 use super::layout::RingForm;
 
 /// The largest request: what one segment of any server takes.
@@ -30,15 +31,18 @@ const IO_BYTES_MAX: u64 = 64 << 20;
         ringmill-perf -w write -o 1m -q 8 --ramp 2 SOCKET            sequential writes, the first 2 s left out\n  \
         ringmill-perf -w verify --span 4g SOCKET                     write, read and check every byte of 4 GiB\n  \
         ringmill-perf --json --hlog lat.hlog SOCKET SOCKET           two disks at once, for scripts and plots\n  \
+        ringmill-perf a.sock,o=1m,q=1024 b.sock,q=1                  a bulk reader beside a quiet neighbour\n  \
+        ringmill-perf busy.sock idle1.sock,idle idle2.sock,idle      a busy disk among idle ones\n  \
         ringmill-perf --bdev file:/dev/nvme1n1 -q 128                the uring driver alone, without vhost\n  \
         ringmill-perf --floor 1 --core 0 -q 128                      the most that this machine and client can do\n\n\
         writes and verify DESTROY what is on the disks.",
     group = ArgGroup::new("target").required(true).multiple(false).args(["sockets", "bdev", "floor"])
 )]
 pub struct Cli {
-    /// Sockets of disks to load, all at once.
-    #[arg(value_name = "SOCKET")]
-    pub sockets: Vec<PathBuf>,
+    /// Sockets of disks to load, all at once; SOCKET,q=1,o=8k,w=write,M=30,n=2 has these options of its own, SOCKET,idle is
+    /// only connected.
+    #[arg(value_name = "SOCKET[,OPTION]...", value_parser = Target::parse)]
+    pub sockets: Vec<Target>,
     /// Load a bdev inside this program instead: null, malloc:SIZE or file:PATH.
     #[arg(long, value_name = "BDEV", value_parser = bdev)]
     pub bdev: Option<BdevChoice>,
@@ -165,7 +169,7 @@ fn bdev(text: &str) -> Result<BdevChoice, String> {
     }
 }
 
-fn io_size(text: &str) -> Result<u32, String> {
+pub(crate) fn io_size(text: &str) -> Result<u32, String> {
     let bytes = size::parse(text)?;
     let whole = bytes > 0 && bytes.is_multiple_of(u64::from(SECTOR_BYTES)) && bytes <= IO_BYTES_MAX;
     u32::try_from(bytes).ok().filter(|_| whole).ok_or_else(|| {
@@ -223,6 +227,17 @@ impl Cli {
         if self.pass != PassChoice::All && self.workload != Work::Verify {
             return wrong("--pass is for -w verify");
         }
+        if !self.sockets.is_empty() && self.sockets.iter().all(|target| target.idle) {
+            return wrong("every socket is idle: there is nothing to measure");
+        }
+        if self.workload == Work::Verify && self.sockets.iter().any(Target::changes_blocks) {
+            return wrong(
+                "verify needs the same o, w and M for all sockets: give them once, before",
+            );
+        }
+        if self.workload != Work::Verify && self.sockets.iter().any(Target::verifies) {
+            return wrong("w=verify behind a socket: use -w verify, for all sockets");
+        }
         if self.time <= 0.0 {
             return wrong("-t 0 measures nothing: give at least 0.001");
         }
@@ -278,6 +293,10 @@ mod tests {
             (&["--pass", "fill", "a"], "-w verify"),
             (&["-M", "101", "a"], "101 is not in"),
             (&["--rate", "fast", "a"], "not a rate"),
+            (&["a,idle"], "nothing to measure"),
+            (&["a,size=1"], "none of q=N"),
+            (&["-w", "verify", "a,o=8k"], "the same o, w and M"),
+            (&["a,w=verify", "b"], "-w verify"),
         ] {
             let message = parse(words).unwrap_err();
             assert!(message.contains(want), "{words:?}: {message}");

@@ -3,12 +3,13 @@
 //! Owner: the load's thread. **Invariant:** when this returns, well or not, no server holds a ring of ours that it could
 //! still write to memory that is used for something else.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ringmill_core::bdev::Bdev;
+use ringmill_core::limits::SECTOR_BYTES;
 use ringmill_core::units::bytes_u64;
 use ringmill_drivers::malloc::{MallocBdev, MallocOptions};
 use ringmill_drivers::null::{NullBdev, NullOptions};
@@ -23,12 +24,13 @@ use super::bdev::BdevPort;
 use super::engine::{Io, Lane, Plan, Progress, Workload, run};
 use super::floor::{BareDevice, Floor};
 use super::frontend::{Frontend, RingPlace};
+use super::job::{Job, Target};
 use super::layout::QueueLayout;
 use super::memory::LoadMemory;
 use super::packed::PackedRing;
-use super::pattern::{Order, Pattern, Stream, read_threshold};
+use super::pattern::{LanePattern, Order, Pattern, Stream, read_threshold};
 use super::port::Port;
-use super::report::{DiskReport, Part, Report, VerifyReport};
+use super::report::{DiskReport, Group, Part, Report, VerifyReport};
 use super::ring::DriverRing;
 use super::slots::Op;
 use super::split::SplitRing;
@@ -49,19 +51,21 @@ struct Disk {
     size_bytes: u64,
     span_bytes: u64,
     flush: bool,
+    job: Job,
 }
 
 impl Disk {
     /// Checks that the load fits.
     fn new(
         cli: &Cli,
+        job: Job,
         name: String,
         size_bytes: u64,
         block_bytes: u32,
         flush: bool,
     ) -> Result<Disk, PerfError> {
         let wrong = |text: String| Err(PerfError::Options(format!("{name}: {text}")));
-        let io_bytes = u64::from(cli.io_size);
+        let io_bytes = u64::from(job.io_size);
         let size_bytes = if size_bytes == 0 { cli.span.unwrap_or(0) } else { size_bytes };
         if size_bytes == 0 {
             return wrong("the server does not say how large the disk is; give --span".into());
@@ -84,18 +88,18 @@ impl Disk {
                 "{name}: its blocks have {block_bytes} bytes; requests of {io_bytes} may cost it a read-modify-write"
             );
         }
-        let inflight = u64::from(cli.depth) * u64::from(cli.queues);
+        let inflight = u64::from(job.depth) * u64::from(job.queues);
         if cli.workload == Work::Verify && span_bytes / io_bytes < inflight {
             let blocks = span_bytes / io_bytes;
             return wrong(format!(
                 "verify with {inflight} requests in flight needs more than {blocks} blocks"
             ));
         }
-        Ok(Disk { name, size_bytes, span_bytes, flush })
+        Ok(Disk { name, size_bytes, span_bytes, flush, job })
     }
 
-    fn blocks_count(&self, cli: &Cli) -> u64 {
-        self.span_bytes / u64::from(cli.io_size)
+    fn blocks_count(&self) -> u64 {
+        self.span_bytes / u64::from(self.job.io_size)
     }
 }
 
@@ -113,16 +117,16 @@ pub(super) fn drive(cli: &Cli, stop: &Arc<AtomicBool>) -> Result<Report, PerfErr
 /// Makes a ring in memory at an offset.
 type MakeRing<R> = fn(&LoadMemory, &QueueLayout, usize) -> R;
 
-fn layout_of(cli: &Cli) -> Result<QueueLayout, PerfError> {
-    QueueLayout::new(cli.form(), cli.depth, cli.io_size).ok_or_else(|| {
+fn layout_of(cli: &Cli, job: Job) -> Result<QueueLayout, PerfError> {
+    QueueLayout::new(cli.form(), job.depth, job.io_size).ok_or_else(|| {
         PerfError::Options(format!(
             "depth {} needs more descriptors than a ring has (32768); use --indirect or more queues",
-            cli.depth
+            job.depth
         ))
     })
 }
 
-fn new_eventfd() -> Result<std::os::fd::OwnedFd, PerfError> {
+fn new_eventfd() -> Result<OwnedFd, PerfError> {
     eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
         .map_err(|errno| PerfError::Options(format!("cannot make an eventfd: {errno}")))
 }
@@ -131,75 +135,162 @@ fn memory_text(memory: &LoadMemory) -> String {
     format!("buffers in {} pages", crate::config::size::format(memory.page_bytes()))
 }
 
+/// Connects, and looks whether the disk can do what is asked.
+fn connect(cli: &Cli, target: &Target) -> Result<(Frontend, Disk), PerfError> {
+    let job = target.job(cli);
+    let frontend = Frontend::connect(&target.path, cli.form())?;
+    let facts = frontend.facts();
+    let name = frontend.path().to_owned();
+    let refused = |reason: String| PerfError::Refused { socket: name.clone(), reason };
+    let writes = job.workload.writes() && !target.idle;
+    if facts.read_only && writes && cli.pass != PassChoice::Check {
+        return Err(refused("the disk is read-only; use read or randread".into()));
+    }
+    if job.queues > facts.queues_count {
+        let offered = facts.queues_count;
+        return Err(refused(format!("the disk has {offered} queues, not {}", job.queues)));
+    }
+    let disk =
+        Disk::new(cli, job, name.clone(), facts.capacity_bytes, facts.block_bytes, facts.flush)?;
+    Ok((frontend, disk))
+}
+
+/// Shows a disk its part of the memory and starts its rings there; the rings' kick descriptors.
+fn start_rings(
+    frontend: &mut Frontend,
+    memory: &LoadMemory,
+    layout: &QueueLayout,
+    area: usize,
+    queues: usize,
+) -> Result<Vec<OwnedFd>, PerfError> {
+    let len_bytes = layout.len_bytes * queues;
+    let region = MemoryRegion {
+        guest_addr: memory.guest_addr(bytes_u64(area)),
+        len_bytes: bytes_u64(len_bytes).next_multiple_of(memory.page_bytes()),
+        user_addr: memory.user_addr(bytes_u64(area)),
+        mmap_offset: bytes_u64(area),
+    };
+    frontend.share(memory.file().as_fd(), &region)?;
+    let mut kicks = Vec::new();
+    for queue in 0..queues {
+        let base = area + queue * layout.len_bytes;
+        let user = |at: usize| memory.user_addr(bytes_u64(base + at));
+        let place = RingPlace {
+            size: layout.size,
+            packed: layout.form.packed,
+            desc: user(layout.desc_at),
+            driver: user(layout.driver_at),
+            device: user(layout.device_at),
+        };
+        let (kick, call) = (new_eventfd()?, new_eventfd()?);
+        frontend.start_ring(&place, kick.as_fd(), call.as_fd())?;
+        kicks.push(kick);
+    }
+    Ok(kicks)
+}
+
+/// Disks that are connected and have rings, and get no request.
+struct IdleDisks {
+    frontends: Vec<Frontend>,
+    _memory: Option<LoadMemory>,
+}
+
+impl IdleDisks {
+    fn start<R: DriverRing>(cli: &Cli, make: MakeRing<R>) -> Result<IdleDisks, PerfError> {
+        let targets: Vec<&Target> = cli.sockets.iter().filter(|target| target.idle).collect();
+        if targets.is_empty() {
+            return Ok(IdleDisks { frontends: Vec::new(), _memory: None });
+        }
+        // Nothing is read: a buffer of the least size will do.
+        let layout_of = |target: &Target| {
+            layout_of(cli, Job { depth: 1, io_size: SECTOR_BYTES, ..target.job(cli) })
+        };
+        let mut len_bytes = 0;
+        for target in &targets {
+            len_bytes += layout_of(target)?.len_bytes * usize::from(target.job(cli).queues);
+        }
+        let memory = LoadMemory::small(bytes_u64(len_bytes))?;
+        let (mut frontends, mut area) = (Vec::new(), 0);
+        for target in targets {
+            let (mut frontend, disk) = connect(cli, target)?;
+            let layout = layout_of(target)?;
+            let queues = usize::from(disk.job.queues);
+            for queue in 0..queues {
+                // Writes what a driver writes into a fresh ring: that it wants no interrupts.
+                make(&memory, &layout, area + queue * layout.len_bytes);
+            }
+            start_rings(&mut frontend, &memory, &layout, area, queues)?;
+            area += layout.len_bytes * queues;
+            frontends.push(frontend);
+        }
+        Ok(IdleDisks { frontends, _memory: Some(memory) })
+    }
+}
+
 fn drive_sockets<R: DriverRing>(
     cli: &Cli,
     make: MakeRing<R>,
     stop: &Arc<AtomicBool>,
 ) -> Result<Report, PerfError> {
-    let layout = layout_of(cli)?;
-    let mut frontends = Vec::new();
-    let mut disks = Vec::new();
-    for socket in &cli.sockets {
-        let frontend = Frontend::connect(socket, cli.form())?;
-        let facts = frontend.facts();
-        let name = frontend.path().to_owned();
-        let refused = |reason: String| PerfError::Refused { socket: name.clone(), reason };
-        if facts.read_only && cli.workload.writes() && cli.pass != PassChoice::Check {
-            return Err(refused("the disk is read-only; use read or randread".into()));
-        }
-        if cli.queues > facts.queues_count {
-            let offered = facts.queues_count;
-            return Err(refused(format!("the disk has {offered} queues, not {}", cli.queues)));
-        }
-        disks.push(Disk::new(
-            cli,
-            name.clone(),
-            facts.capacity_bytes,
-            facts.block_bytes,
-            facts.flush,
-        )?);
-        frontends.push(frontend);
-    }
+    let mut idle = IdleDisks::start(cli, make)?;
+    let (mut frontends, mut disks, mut areas) = (Vec::new(), Vec::new(), Vec::new());
     // A disk sees its own part of the memory file only; parts are whole pages of the kind that the file has.
     let page = |bytes: usize| bytes.next_multiple_of(2 << 20);
-    let queues = usize::from(cli.queues);
-    let area_bytes = page(layout.len_bytes * queues);
-    let memory = LoadMemory::new(bytes_u64(area_bytes * frontends.len()))?;
-    let mut lanes = Vec::new();
-    for (number, frontend) in frontends.iter_mut().enumerate() {
-        let area = number * area_bytes;
-        let region = MemoryRegion {
-            guest_addr: memory.guest_addr(bytes_u64(area)),
-            len_bytes: bytes_u64(area_bytes),
-            user_addr: memory.user_addr(bytes_u64(area)),
-            mmap_offset: bytes_u64(area),
-        };
-        frontend.share(memory.file().as_fd(), &region)?;
-        for queue in 0..queues {
-            let base = area + queue * layout.len_bytes;
-            let ring = make(&memory, &layout, base);
-            let user = |at: usize| memory.user_addr(bytes_u64(base + at));
-            let place = RingPlace {
-                size: layout.size,
-                packed: cli.packed,
-                desc: user(layout.desc_at),
-                driver: user(layout.driver_at),
-                device: user(layout.device_at),
-            };
-            let (kick, call) = (new_eventfd()?, new_eventfd()?);
-            frontend.start_ring(&place, kick.as_fd(), call.as_fd())?;
+    let mut len_bytes = 0;
+    for target in cli.sockets.iter().filter(|target| !target.idle) {
+        let (frontend, disk) = connect(cli, target)?;
+        let layout = layout_of(cli, disk.job)?;
+        areas.push((len_bytes, layout));
+        len_bytes += page(layout.len_bytes * usize::from(disk.job.queues));
+        frontends.push(frontend);
+        disks.push(disk);
+    }
+    let memory = LoadMemory::new(bytes_u64(len_bytes))?;
+    let groups = groups_of(&disks);
+    let (mut lanes, mut disk_of_lane) = (Vec::new(), Vec::new());
+    for (number, (frontend, disk)) in frontends.iter_mut().zip(&disks).enumerate() {
+        let (area, layout) = areas[number];
+        let queues = usize::from(disk.job.queues);
+        let rings: Vec<R> =
+            (0..queues).map(|q| make(&memory, &layout, area + q * layout.len_bytes)).collect();
+        let kicks = start_rings(frontend, &memory, &layout, area, queues)?;
+        for (queue, (ring, kick)) in rings.into_iter().zip(kicks).enumerate() {
             let name = format!("{} queue {queue}", frontend.path());
-            lanes.push(Lane::new(VhostPort::new(ring, cli.depth, kick, name), lanes.len()));
+            let port = VhostPort::new(ring, disk.job.depth, kick, name);
+            lanes.push(Lane::new(port, lanes.len(), group_of(&groups, disk)));
+            disk_of_lane.push(number);
         }
     }
-    let disk_of_lane: Vec<usize> = (0..lanes.len()).map(|lane| lane / queues).collect();
-    let is_closed = || frontends.iter().find(|f| f.is_closed()).map(|f| f.path().to_owned());
+    let closed = |f: &&Frontend| f.is_closed();
+    let is_closed = || {
+        let gone = frontends.iter().chain(&idle.frontends).find(closed);
+        gone.map(|f| f.path().to_owned())
+    };
     let mut report = load(cli, &mut lanes, &disks, &disk_of_lane, stop, &is_closed)?;
     report.memory = memory_text(&memory);
-    for frontend in &mut frontends {
+    report.idle_count = idle.frontends.len();
+    for frontend in frontends.iter_mut().chain(&mut idle.frontends) {
         frontend.stop_rings()?;
     }
     Ok(report)
+}
+
+/// The different loads among the disks, each with its first disk's name.
+fn groups_of(disks: &[Disk]) -> Vec<Group> {
+    let mut groups: Vec<Group> = Vec::new();
+    for disk in disks {
+        match groups.iter_mut().find(|group| group.job == disk.job) {
+            Some(group) => group.disks_count += 1,
+            None => {
+                groups.push(Group { name: disk.name.clone(), job: disk.job, disks_count: 1 });
+            }
+        }
+    }
+    groups
+}
+
+fn group_of(groups: &[Group], disk: &Disk) -> usize {
+    groups.iter().position(|group| group.job == disk.job).unwrap_or(0)
 }
 
 fn drive_floor<R: DriverRing>(
@@ -208,17 +299,18 @@ fn drive_floor<R: DriverRing>(
     make: MakeRing<R>,
     stop: &Arc<AtomicBool>,
 ) -> Result<Report, PerfError> {
-    let layout = layout_of(cli)?;
+    let job = Job::of(cli);
+    let layout = layout_of(cli, job)?;
     let queues = usize::from(cli.queues);
     let memory = LoadMemory::new(bytes_u64(layout.len_bytes * queues))?;
-    let disk = Disk::new(cli, "bare loop".into(), NULL_BYTES, BDEV_BLOCK_BYTES, false)?;
+    let disk = Disk::new(cli, job, "bare loop".into(), NULL_BYTES, BDEV_BLOCK_BYTES, false)?;
     let (mut lanes, mut devices) = (Vec::new(), Vec::new());
     for queue in 0..queues {
         let base = queue * layout.len_bytes;
         let ring = make(&memory, &layout, base);
         devices.push(BareDevice::new(&memory, &layout, base));
         let port = VhostPort::new(ring, cli.depth, new_eventfd()?, format!("bare queue {queue}"));
-        lanes.push(Lane::new(port, queue));
+        lanes.push(Lane::new(port, queue, 0));
     }
     let _floor = Floor::start(devices, core)
         .map_err(|error| PerfError::Options(format!("cannot start a thread: {error}")))?;
@@ -257,14 +349,15 @@ fn drive_bdev(cli: &Cli, choice: &BdevChoice, stop: &Arc<AtomicBool>) -> Result<
         BdevChoice::Null | BdevChoice::Malloc(_) => info.product_name().to_owned(),
         BdevChoice::File(path) => path.display().to_string(),
     };
-    let disk = Disk::new(cli, name, info.size_bytes(), geometry.block_bytes, true)?;
+    let job = Job::of(cli);
+    let disk = Disk::new(cli, job, name, info.size_bytes(), geometry.block_bytes, true)?;
     let port = BdevPort::open(bdev, cli.depth, cli.io_size)?;
     let memory = port.memory_text();
-    let mut lanes = [Lane::new(port, 0)];
+    let mut lanes = [Lane::new(port, 0, 0)];
     let disks = [disk];
     if matches!(choice, BdevChoice::Malloc(_)) && cli.workload != Work::Verify {
         // A RAM disk's memory comes into being when it is touched first: that is not what is measured.
-        let blocks_count = disks[0].blocks_count(cli);
+        let blocks_count = disks[0].blocks_count();
         touch(cli, &mut lanes, blocks_count)?;
     }
     let mut report = load(cli, &mut lanes, &disks, &[0], stop, &|| None)?;
@@ -334,10 +427,12 @@ fn load<P: Port>(
     } else {
         (vec![pattern_load(cli, lanes, disks, disk_of_lane, &watcher)?], 0, None)
     };
+    let groups = groups_of(disks);
     let disks = disks.iter().enumerate().map(|(number, disk)| DiskReport {
         name: disk.name.clone(),
         size_bytes: disk.size_bytes,
         span_bytes: disk.span_bytes,
+        job: group_of(&groups, disk),
         queues: lanes
             .iter()
             .zip(disk_of_lane)
@@ -345,7 +440,9 @@ fn load<P: Port>(
             .map(|(lane, _)| lane.measured_count)
             .collect(),
     });
-    Ok(Report { disks: disks.collect(), parts, main, verify, memory: String::new() })
+    let disks = disks.collect();
+    let (memory, idle_count) = (String::new(), 0);
+    Ok(Report { groups, disks, parts, main, verify, memory, idle_count })
 }
 
 fn pattern_load<P: Port>(
@@ -355,24 +452,27 @@ fn pattern_load<P: Port>(
     disk_of_lane: &[usize],
     watcher: &Watcher<'_>,
 ) -> Result<Part, PerfError> {
-    let (order, read_percent) = match cli.workload {
-        Work::Read => (Order::Sequential, 100),
-        Work::Write => (Order::Sequential, 0),
-        Work::Randread => (Order::Random, 100),
-        Work::Randwrite => (Order::Random, 0),
-        Work::Randrw | Work::Verify => (Order::Random, cli.read_percent),
-    };
-    let queues = u64::from(cli.queues);
-    let streams = (0u64..).zip(disk_of_lane).map(|(lane, &disk)| {
-        let blocks_count = disks[disk].blocks_count(cli);
-        Stream::new(cli.seed, lane, blocks_count, blocks_count / queues * (lane % queues))
+    let mut queue_of_disk = vec![0u64; disks.len()];
+    let patterns = (0u64..).zip(disk_of_lane).map(|(lane, &number)| {
+        let disk = &disks[number];
+        let job = disk.job;
+        let (order, read_percent) = match job.workload {
+            Work::Read => (Order::Sequential, 100),
+            Work::Write => (Order::Sequential, 0),
+            Work::Randread => (Order::Random, 100),
+            Work::Randwrite => (Order::Random, 0),
+            Work::Randrw | Work::Verify => (Order::Random, job.read_percent),
+        };
+        let first = disk.blocks_count() / u64::from(job.queues) * queue_of_disk[number];
+        queue_of_disk[number] += 1;
+        LanePattern {
+            order,
+            io_bytes: u64::from(job.io_size),
+            read_threshold: read_threshold(read_percent),
+            stream: Stream::new(cli.seed, lane, disk.blocks_count(), first),
+        }
     });
-    let mut work = Pattern {
-        order,
-        io_bytes: u64::from(cli.io_size),
-        read_threshold: read_threshold(read_percent),
-        streams: streams.collect(),
-    };
+    let mut work = Pattern { lanes: patterns.collect() };
     let plan = Plan {
         ramp_ns: ns(cli.ramp),
         duration_ns: ns(cli.time),
@@ -406,7 +506,7 @@ fn verify_passes<P: Port>(
         seed: cli.seed,
         io_bytes: cli.io_size,
         read_threshold: read_threshold(cli.read_percent),
-        blocks_counts: disks.iter().map(|disk| disk.blocks_count(cli)).collect(),
+        blocks_counts: disks.iter().map(|disk| disk.blocks_count()).collect(),
         disk_of_lane: disk_of_lane.to_vec(),
     });
     let (mut parts, mut main) = (Vec::new(), 0);
@@ -425,7 +525,7 @@ fn verify_passes<P: Port>(
             } else {
                 bar.show_count(
                     progress.finished_count,
-                    disks.iter().map(|d| d.blocks_count(cli)).sum(),
+                    disks.iter().map(|d| d.blocks_count()).sum(),
                 );
             }
             watcher.look()

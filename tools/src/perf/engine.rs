@@ -84,7 +84,8 @@ pub(crate) struct FirstError {
 /// What a load did.
 #[derive(Debug)]
 pub(crate) struct Outcome {
-    pub(crate) record: Recorder,
+    /// By group of lanes.
+    pub(crate) records: Vec<Recorder>,
     /// The measured time.
     pub(crate) elapsed_ns: u64,
     /// Rounds over all lanes, and those that found nothing: how idle the client was.
@@ -104,6 +105,8 @@ struct Slot {
 pub(crate) struct Lane<P> {
     pub(crate) port: P,
     index: usize,
+    /// Whose record its latencies go to.
+    group: usize,
     slots: Vec<Slot>,
     free: Vec<u16>,
     done: Vec<u16>,
@@ -114,14 +117,15 @@ pub(crate) struct Lane<P> {
 }
 
 impl<P: Port> Lane<P> {
-    /// A lane with all slots free; `index` is its number among all lanes.
+    /// A lane with all slots free; `index` is its number among all lanes, `group` the record that it writes to.
     #[cold]
-    pub(crate) fn new(port: P, index: usize) -> Lane<P> {
+    pub(crate) fn new(port: P, index: usize, group: usize) -> Lane<P> {
         let depth = port.depth();
         let slot = Slot { start_ticks: 0, io: Io { op: Op::Read, offset_bytes: 0 } };
         Lane {
             port,
             index,
+            group,
             slots: std::iter::repeat_n(slot, usize::from(depth)).collect(),
             free: (0..depth).rev().collect(),
             done: Vec::with_capacity(usize::from(depth)),
@@ -133,14 +137,14 @@ impl<P: Port> Lane<P> {
 
     #[cold]
     #[inline(never)]
-    fn hang(&self, now_ticks: u64, recorder: &Recorder) -> PerfError {
+    fn hang(&self, silence_ns: u64) -> PerfError {
         let busy = |slot: &u16| !self.free.contains(slot) && !self.done.contains(slot);
         let slots = (0..self.port.depth()).filter(busy).map(|slot| self.slots[usize::from(slot)]);
         let oldest = slots.min_by_key(|slot| slot.start_ticks).unwrap_or(self.slots[0]);
         let (avail_index, used_index) = self.port.indices();
         PerfError::Hang {
             place: self.port.place().to_owned(),
-            seconds: recorder.ns(now_ticks.saturating_sub(self.last_answer_ticks)) / 1_000_000_000,
+            seconds: silence_ns / 1_000_000_000,
             inflight: self.inflight,
             avail_index,
             used_index,
@@ -153,7 +157,8 @@ impl<P: Port> Lane<P> {
 /// A load under way.
 struct Engine<'a, W> {
     work: &'a mut W,
-    record: Recorder,
+    records: Vec<Recorder>,
+    measuring: bool,
     pace: Pace,
     /// Whether requests are started.
     open: bool,
@@ -200,7 +205,7 @@ impl<W: Workload> Engine<'_, W> {
                 self.work.after(lane.index, io, lane.port.data(slot), status == 0);
             }
             if status == 0 {
-                self.record.note(io.op, start_ticks);
+                self.records[lane.group].note(io.op, start_ticks);
             } else {
                 self.failed(lane, io, status);
             }
@@ -215,10 +220,10 @@ impl<W: Workload> Engine<'_, W> {
         }
         lane.inflight = lane.inflight + started - found;
         self.inflight = self.inflight + started - found;
-        if self.record.measuring {
+        if self.measuring {
             lane.measured_count += found as u64;
         }
-        self.record.flush(self.now_ticks);
+        self.records[lane.group].flush(self.now_ticks, self.measuring);
         Ok(true)
     }
 
@@ -249,7 +254,7 @@ impl<W: Workload> Engine<'_, W> {
     #[cold]
     #[inline(never)]
     fn failed<P: Port>(&mut self, lane: &Lane<P>, io: Io, status: u8) {
-        self.record.ops[io.op as usize].errors_count += 1;
+        self.records[lane.group].ops[io.op as usize].errors_count += 1;
         self.first_error.get_or_insert_with(|| FirstError {
             place: lane.port.place().to_owned(),
             io,
@@ -268,18 +273,19 @@ pub(crate) fn run<P: Port, W: Workload>(
     plan: &Plan,
     watch: &mut Watch<'_>,
 ) -> Result<Outcome, PerfError> {
+    let groups_count = lanes.iter().map(|lane| lane.group + 1).max().unwrap_or(1);
     let batch_max = lanes.iter().map(|lane| lane.slots.len()).max().unwrap_or(0);
     let start = ticks_now();
     let mut engine = Engine {
         work,
-        record: Recorder::new(batch_max),
+        records: Recorder::one_each(groups_count, batch_max),
+        measuring: plan.ramp_ns == 0,
         pace: Pace::new(plan.rate, start),
         open: true,
         now_ticks: start,
         inflight: 0,
         first_error: None,
     };
-    engine.record.measuring = plan.ramp_ns == 0;
     let ramp_end = start + ns_to_ticks(plan.ramp_ns);
     let end = match plan.duration_ns {
         0 => u64::MAX,
@@ -316,28 +322,30 @@ pub(crate) fn run<P: Port, W: Workload>(
         if now < next_stop {
             continue;
         }
-        if !engine.record.measuring && measured_to.is_none() && now >= ramp_end {
-            engine.record.measuring = true;
+        if !engine.measuring && measured_to.is_none() && now >= ramp_end {
+            engine.measuring = true;
             measured_from = now;
             (rounds_count, empty_rounds_count) = (0, 0);
         }
         if engine.open && now >= end {
             engine.open = false;
-            engine.record.measuring = false;
+            engine.measuring = false;
             measured_to = Some(now);
         }
         if now >= next_look {
             next_look = now + look_every;
             for lane in lanes.iter() {
                 if lane.inflight > 0 && now.saturating_sub(lane.last_answer_ticks) > hang_ticks {
-                    return Err(lane.hang(now, &engine.record));
+                    let silence = now.saturating_sub(lane.last_answer_ticks);
+                    return Err(lane.hang(engine.records[0].ns(silence)));
                 }
             }
-            let finished_count = engine.record.ops.iter().map(|op| op.finished_count).sum();
-            let elapsed_ns = engine.record.ns(now.saturating_sub(start));
+            let ops = engine.records.iter().flat_map(|record| &record.ops);
+            let finished_count = ops.map(|op| op.finished_count).sum();
+            let elapsed_ns = engine.records[0].ns(now.saturating_sub(start));
             if !watch(Progress { elapsed_ns, finished_count })? && engine.open {
                 engine.open = false;
-                engine.record.measuring = false;
+                engine.measuring = false;
                 measured_to = Some(now);
             }
         }
@@ -347,7 +355,7 @@ pub(crate) fn run<P: Port, W: Workload>(
         }
     }
     let elapsed = measured_to.unwrap_or(engine.now_ticks).saturating_sub(measured_from);
-    let Engine { record, first_error, .. } = engine;
-    let elapsed_ns = record.ns(elapsed);
-    Ok(Outcome { record, elapsed_ns, rounds_count, empty_rounds_count, first_error })
+    let Engine { records, first_error, .. } = engine;
+    let elapsed_ns = records[0].ns(elapsed);
+    Ok(Outcome { records, elapsed_ns, rounds_count, empty_rounds_count, first_error })
 }

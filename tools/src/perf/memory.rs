@@ -51,13 +51,26 @@ fn small_file(len_bytes: u64) -> std::io::Result<File> {
 impl LoadMemory {
     /// Zeroed memory of at least `len_bytes`: in 2 MiB pages if that many are free, else in ordinary ones.
     pub(crate) fn new(len_bytes: u64) -> Result<LoadMemory, PerfError> {
-        let failed = |source: std::io::Error| PerfError::Memory { len_bytes, source };
         let huge_bytes = len_bytes.max(1).next_multiple_of(HUGE_PAGE_BYTES);
-        let small_bytes = len_bytes.max(1).next_multiple_of(PAGE_BYTES);
-        let (file, len, page_bytes) = match huge_file(huge_bytes) {
-            Some(file) => (file, huge_bytes, HUGE_PAGE_BYTES),
-            None => (small_file(small_bytes).map_err(failed)?, small_bytes, PAGE_BYTES),
-        };
+        match huge_file(huge_bytes) {
+            Some(file) => LoadMemory::map(file, huge_bytes, HUGE_PAGE_BYTES),
+            None => LoadMemory::small(len_bytes),
+        }
+    }
+
+    /// The same in ordinary pages, for many small pieces.
+    pub(crate) fn small(len_bytes: u64) -> Result<LoadMemory, PerfError> {
+        let len_bytes = len_bytes.max(1).next_multiple_of(PAGE_BYTES);
+        let file = small_file(len_bytes);
+        LoadMemory::map(
+            file.map_err(|source| PerfError::Memory { len_bytes, source })?,
+            len_bytes,
+            PAGE_BYTES,
+        )
+    }
+
+    fn map(file: File, len: u64, page_bytes: u64) -> Result<LoadMemory, PerfError> {
+        let failed = |source: std::io::Error| PerfError::Memory { len_bytes: len, source };
         let len = usize::try_from(len).map_err(|e| failed(std::io::Error::other(e)))?;
         let mapping = Mapping::own_file(&file, len)
             .map_err(|error| failed(std::io::Error::other(error.to_string())))?;

@@ -1,6 +1,6 @@
 //! `ringmill-perf`: a load generator for vhost-user-blk disks and for bdevs, fast enough to measure the former.
 //!
-//! `args` → `drive` connects (`frontend`), lays out one shared memory (`memory`, `layout`), builds a `port` per queue
+//! `args` → `drive` connects (`frontend`, `job`), lays out one shared memory (`memory`, `layout`), builds a `port` per queue
 //! (`vhost` over `split` or `packed`; `bdev`) and runs a workload (`pattern`, `verify`) on them in `engine`; `record`
 //! has the latencies, `report` says what came of it. `floor` is the least that a disk can be, to compare with.
 //!
@@ -15,6 +15,7 @@ mod engine;
 mod error;
 mod floor;
 mod frontend;
+mod job;
 mod layout;
 mod memory;
 mod pace;
@@ -38,12 +39,14 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::SystemTime;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::hist::dump;
 
 pub use args::{BdevChoice, Cli, PassChoice, Work};
 pub use error::PerfError;
+pub use job::Target;
 
 /// Moves the calling thread to a core.
 fn pin_to(core: u32) -> Result<(), PerfError> {
@@ -58,6 +61,14 @@ fn pin_to(core: u32) -> Result<(), PerfError> {
         _ => Err(PerfError::Options(format!(
             "core {core} does not exist or is not available to this process"
         ))),
+    }
+}
+
+/// Many disks need many descriptors; what is not allowed is found and said when one cannot be had.
+fn open_many() {
+    let now = getrlimit(Resource::Nofile);
+    if now.current != now.maximum {
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: now.maximum, ..now });
     }
 }
 
@@ -77,6 +88,7 @@ pub fn main(cli: &Cli) -> Result<ExitCode, PerfError> {
     if let Some(core) = cli.core {
         pin_to(core)?;
     }
+    open_many();
     let report = drive::drive(cli, &stop)?;
     if let Some(path) = &cli.hlog {
         let failed =

@@ -58,14 +58,20 @@ pub(crate) fn read_threshold(read_percent: u32) -> u64 {
     (u64::from(read_percent) << 32) / 100
 }
 
-/// Reads and writes that do not look at data.
+/// What a lane requests.
 #[derive(Clone, Debug)]
-pub(crate) struct Pattern {
+pub(crate) struct LanePattern {
     pub(crate) order: Order,
     pub(crate) io_bytes: u64,
     /// From [`read_threshold`].
     pub(crate) read_threshold: u64,
-    pub(crate) streams: Box<[Stream]>,
+    pub(crate) stream: Stream,
+}
+
+/// Reads and writes that do not look at data.
+#[derive(Clone, Debug)]
+pub(crate) struct Pattern {
+    pub(crate) lanes: Box<[LanePattern]>,
 }
 
 impl Workload for Pattern {
@@ -73,13 +79,13 @@ impl Workload for Pattern {
 
     #[inline]
     fn next(&mut self, lane: usize) -> Option<Io> {
-        let stream = &mut self.streams[lane];
-        let (mut block, chance) = stream.random();
-        if self.order == Order::Sequential {
-            block = stream.following();
+        let lane = &mut self.lanes[lane];
+        let (mut block, chance) = lane.stream.random();
+        if lane.order == Order::Sequential {
+            block = lane.stream.following();
         }
-        let op = if chance < self.read_threshold { Op::Read } else { Op::Write };
-        Some(Io { op, offset_bytes: block * self.io_bytes })
+        let op = if chance < lane.read_threshold { Op::Read } else { Op::Write };
+        Some(Io { op, offset_bytes: block * lane.io_bytes })
     }
 }
 
@@ -88,8 +94,13 @@ mod tests {
     use super::*;
 
     fn pattern(order: Order, read_percent: u32) -> Pattern {
-        let streams = (0..2).map(|lane| Stream::new(7, lane, 100, 50 * lane)).collect();
-        Pattern { order, io_bytes: 4096, read_threshold: read_threshold(read_percent), streams }
+        let lanes = (0..2).map(|lane| LanePattern {
+            order,
+            io_bytes: 4096,
+            read_threshold: read_threshold(read_percent),
+            stream: Stream::new(7, lane, 100, 50 * lane),
+        });
+        Pattern { lanes: lanes.collect() }
     }
 
     #[test]

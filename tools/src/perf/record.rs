@@ -42,7 +42,6 @@ pub(crate) struct OpRecord {
 #[derive(Debug)]
 pub(crate) struct Recorder {
     pub(crate) ops: [OpRecord; OPS],
-    pub(crate) measuring: bool,
     ns_per_tick_q32: u128,
 }
 
@@ -66,9 +65,14 @@ impl Recorder {
     pub(crate) fn new(batch_max: usize) -> Recorder {
         Recorder {
             ops: std::array::from_fn(|_| OpRecord::new(batch_max)),
-            measuring: false,
             ns_per_tick_q32: (NS_PER_S << 32) / u128::from(tick_rate().max(1)),
         }
+    }
+
+    /// An empty record for each group of lanes.
+    #[cold]
+    pub(crate) fn one_each(groups_count: usize, batch_max: usize) -> Vec<Recorder> {
+        (0..groups_count).map(|_| Recorder::new(batch_max)).collect()
     }
 
     /// Ticks as nanoseconds.
@@ -88,16 +92,16 @@ impl Recorder {
         }
     }
 
-    /// Records the batch that was found at `now_ticks`.
+    /// Counts the batch that was found at `now_ticks`, and records its latencies while `measuring`.
     #[inline]
-    pub(crate) fn flush(&mut self, now_ticks: u64) {
+    pub(crate) fn flush(&mut self, now_ticks: u64, measuring: bool) {
         for op in 0..OPS {
             for at in 0..self.ops[op].runs.len() {
                 let Run { start_ticks, count } = self.ops[op].runs[at];
                 let ns = self.ns(now_ticks.saturating_sub(start_ticks));
                 let record = &mut self.ops[op];
                 record.finished_count += count;
-                if self.measuring {
+                if measuring {
                     record.latency_ns.saturating_record_n(ns, count);
                 }
             }
@@ -117,13 +121,12 @@ mod tests {
         let mut recorder = Recorder::new(8);
         let start = 1_000_000;
         for measuring in [false, true] {
-            recorder.measuring = measuring;
             for _ in 0..3 {
                 recorder.note(Op::Read, start);
                 recorder.note(Op::Write, start + 10);
             }
             recorder.note(Op::Read, start + 20);
-            recorder.flush(start + ns_to_ticks(10_000));
+            recorder.flush(start + ns_to_ticks(10_000), measuring);
         }
         let reads = &recorder.ops[Op::Read as usize];
         assert_eq!((reads.finished_count, reads.latency_ns.len()), (8, 4));

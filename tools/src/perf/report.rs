@@ -10,7 +10,8 @@ use crate::hist::{Row, as_f64, duration_text};
 
 use super::args::Cli;
 use super::engine::{FirstError, Outcome};
-use super::record::OPS;
+use super::job::Job;
+use super::record::{OPS, Recorder};
 use super::slots::Op;
 use super::stamp::Fault;
 
@@ -42,8 +43,19 @@ pub(crate) struct DiskReport {
     pub(crate) size_bytes: u64,
     /// The part that was used.
     pub(crate) span_bytes: u64,
+    /// The number of its group.
+    pub(crate) job: usize,
     /// Requests finished in the measured time, by queue.
     pub(crate) queues: Vec<u64>,
+}
+
+/// Disks with the same load.
+#[derive(Clone, Debug)]
+pub(crate) struct Group {
+    /// The first of them.
+    pub(crate) name: String,
+    pub(crate) job: Job,
+    pub(crate) disks_count: usize,
 }
 
 /// One part of a load: the load itself, or a pass of verify.
@@ -65,6 +77,7 @@ pub(crate) struct VerifyReport {
 /// All of it.
 #[derive(Debug)]
 pub(crate) struct Report {
+    pub(crate) groups: Vec<Group>,
     pub(crate) disks: Vec<DiskReport>,
     pub(crate) parts: Vec<Part>,
     /// The part whose latencies are reported.
@@ -72,6 +85,8 @@ pub(crate) struct Report {
     pub(crate) verify: Option<VerifyReport>,
     /// `2 MiB pages` and the like.
     pub(crate) memory: String,
+    /// Disks that were only connected.
+    pub(crate) idle_count: usize,
 }
 
 /// `8.03M`, `12.3k`, as fio writes numbers.
@@ -108,7 +123,8 @@ impl Report {
 
     /// Requests that failed, over all parts.
     pub(crate) fn errors_count(&self) -> u64 {
-        self.parts.iter().flat_map(|p| &p.outcome.record.ops).map(|op| op.errors_count).sum()
+        let records = self.parts.iter().flat_map(|part| &part.outcome.records);
+        records.flat_map(|record| &record.ops).map(|op| op.errors_count).sum()
     }
 
     fn first_error(&self) -> Option<&FirstError> {
@@ -122,18 +138,21 @@ impl Report {
 
     /// The latencies as rows of the histogram tools.
     pub(crate) fn rows(&self, cli: &Cli) -> Vec<Row> {
-        let name = if let [disk] = self.disks.as_slice() { &disk.name } else { "all" };
-        let name = name.rsplit('/').next().unwrap_or(name);
-        let ops = self.main().record.ops.iter().enumerate();
-        ops.filter(|(_, op)| !op.latency_ns.is_empty())
-            .map(|(index, op)| Row {
+        let mut rows = Vec::new();
+        for (group, record) in self.groups.iter().zip(&self.main().records) {
+            let alone = self.groups.len() == 1 && group.disks_count > 1;
+            let name = if alone { "all" } else { group.name.as_str() };
+            let name = name.rsplit('/').next().unwrap_or(name);
+            let ops = record.ops.iter().enumerate();
+            rows.extend(ops.filter(|(_, op)| !op.latency_ns.is_empty()).map(|(index, op)| Row {
                 controller: name.to_owned(),
                 queue: (cli.queues == 1 && self.disks.len() == 1).then_some(0),
                 op: op_name(index).to_owned(),
                 stage: "client".to_owned(),
                 histogram: op.latency_ns.clone(),
-            })
-            .collect()
+            }));
+        }
+        rows
     }
 
     /// The text for a terminal.
@@ -146,43 +165,66 @@ impl Report {
 
     fn write_text(&self, cli: &Cli, out: &mut String) -> std::fmt::Result {
         let main = self.main();
+        for (group, record) in self.groups.iter().zip(&main.records) {
+            self.write_group(cli, group, record, out)?;
+        }
+        if self.disks.len() > 1 || cli.queues > 1 {
+            self.write_shares(out)?;
+        }
+        let idle = match self.idle_count {
+            0 => String::new(),
+            1 => "; 1 idle disk".to_owned(),
+            count => format!("; {count} idle disks"),
+        };
+        writeln!(
+            out,
+            "  client: {:.0} % of its rounds found nothing to do; {}{idle}",
+            100.0 * as_f64(main.empty_rounds_count) / as_f64(main.rounds_count.max(1)),
+            self.memory,
+        )?;
+        self.write_verdict(out)
+    }
+
+    /// Disks with the same load.
+    fn write_group(
+        &self,
+        cli: &Cli,
+        group: &Group,
+        record: &Recorder,
+        out: &mut String,
+    ) -> std::fmt::Result {
+        let Job { depth, io_size, workload, queues, .. } = group.job;
         let queues = match (&cli.bdev, cli.packed) {
             (Some(_), _) => "1 channel".to_owned(),
             (None, packed) => {
                 let form = if packed { "packed" } else { "split" };
                 let tables = if cli.indirect { ", indirect" } else { "" };
-                let plural = if cli.queues == 1 { "queue" } else { "queues" };
-                format!("{} {form} {plural}{tables}", cli.queues)
+                let plural = if queues == 1 { "queue" } else { "queues" };
+                format!("{queues} {form} {plural}{tables}")
             }
         };
-        let io_bytes = u64::from(cli.io_size);
+        let (io_bytes, elapsed_ns) = (u64::from(io_size), self.main().elapsed_ns);
         writeln!(
             out,
-            "{}: {} requests, depth {}, {queues}, {} disk{}, {:.2} s",
-            cli.workload.name(),
+            "{}: {} requests, depth {depth}, {queues}, {} disk{}, {:.2} s",
+            workload.name(),
             size::format(io_bytes),
-            cli.depth,
-            self.disks.len(),
-            if self.disks.len() == 1 { "" } else { "s" },
-            as_f64(main.elapsed_ns) / NS_PER_S,
+            group.disks_count,
+            if group.disks_count == 1 { "" } else { "s" },
+            as_f64(elapsed_ns) / NS_PER_S,
         )?;
-        if cli.workload == super::args::Work::Verify {
-            for part in &self.parts {
-                let data = part.outcome.record.ops.iter().take(OPS - 1);
-                let count: u64 = data.map(|op| op.finished_count).sum();
-                let elapsed = as_f64(part.outcome.elapsed_ns) / NS_PER_S;
-                let what = match count {
-                    0 => "done".to_owned(),
-                    count => size::format(count.saturating_mul(io_bytes)),
-                };
-                writeln!(out, "  {}: {what} in {elapsed:.2} s", part.name)?;
-            }
+        if self.groups.len() > 1 {
+            let first = if group.disks_count > 1 { "first of them: " } else { "" };
+            writeln!(out, "  {first}{}", group.name)?;
         }
-        for (index, op) in main.record.ops.iter().enumerate().take(OPS - 1) {
+        if workload == super::args::Work::Verify {
+            self.write_passes(io_bytes, out)?;
+        }
+        for (index, op) in record.ops.iter().enumerate().take(OPS - 1) {
             if op.latency_ns.is_empty() {
                 continue;
             }
-            let iops = rate(op.latency_ns.len(), main.elapsed_ns);
+            let iops = rate(op.latency_ns.len(), elapsed_ns);
             writeln!(
                 out,
                 "  {}: IOPS={}, BW={}, {} requests",
@@ -193,16 +235,22 @@ impl Report {
             )?;
             write_latency(&op.latency_ns, out)?;
         }
-        if self.disks.len() > 1 || cli.queues > 1 {
-            self.write_shares(out)?;
+        Ok(())
+    }
+
+    fn write_passes(&self, io_bytes: u64, out: &mut String) -> std::fmt::Result {
+        for part in &self.parts {
+            let records = part.outcome.records.iter();
+            let data = records.flat_map(|record| record.ops.iter().take(OPS - 1));
+            let count: u64 = data.map(|op| op.finished_count).sum();
+            let elapsed = as_f64(part.outcome.elapsed_ns) / NS_PER_S;
+            let what = match count {
+                0 => "done".to_owned(),
+                count => size::format(count.saturating_mul(io_bytes)),
+            };
+            writeln!(out, "  {}: {what} in {elapsed:.2} s", part.name)?;
         }
-        writeln!(
-            out,
-            "  client: {:.0} % of its rounds found nothing to do; {}",
-            100.0 * as_f64(main.empty_rounds_count) / as_f64(main.rounds_count.max(1)),
-            self.memory,
-        )?;
-        self.write_verdict(out)
+        Ok(())
     }
 
     /// How evenly requests are spread.
@@ -244,13 +292,7 @@ impl Report {
     /// The JSON object, in the shape of fio's: `jobs[0].read.iops`, `.lat_ns.percentile["99.000000"]` and so on.
     pub(crate) fn json(&self, cli: &Cli) -> Value {
         let main = self.main();
-        let ops: Map<String, Value> =
-            (0..OPS).map(|index| (op_name(index).to_owned(), self.op_json(index, cli))).collect();
-        let mut job = Map::new();
-        job.insert("jobname".into(), "ringmill-perf".into());
-        job.insert("error".into(), i32::from(!self.is_good()).into());
-        job.insert("total_err".into(), self.errors_count().into());
-        job.extend(ops);
+        let jobs: Vec<Value> = (0..self.groups.len()).map(|group| self.job_json(group)).collect();
         let disks: Vec<Value> = self
             .disks
             .iter()
@@ -262,6 +304,7 @@ impl Report {
                     "span_bytes": disk.span_bytes,
                     "total_ios": requests,
                     "iops": rate(requests, main.elapsed_ns),
+                    "job": disk.job,
                     "queues": disk.queues,
                 })
             })
@@ -296,24 +339,53 @@ impl Report {
                 "seed": cli.seed,
                 "core": cli.core,
             },
-            "jobs": [job],
+            "jobs": jobs,
             "disks": disks,
             "verify": verify,
             "client": {
                 "rounds": main.rounds_count,
                 "empty_rounds": main.empty_rounds_count,
                 "memory": self.memory,
+                "idle_disks": self.idle_count,
             },
         })
     }
 
-    fn op_json(&self, index: usize, cli: &Cli) -> Value {
+    /// One group as fio's job.
+    fn job_json(&self, group: usize) -> Value {
+        let Group { name, job, disks_count } = &self.groups[group];
+        let name = if self.groups.len() == 1 { "ringmill-perf" } else { name };
+        let mut value = Map::new();
+        value.insert("jobname".into(), name.into());
+        value.insert("error".into(), i32::from(!self.is_good()).into());
+        value.insert("total_err".into(), self.errors_count().into());
+        value.insert(
+            "job options".into(),
+            json!({
+                "rw": job.workload.name(),
+                "bs": job.io_size,
+                "iodepth": job.depth,
+                "queues": job.queues,
+                "rwmixread": job.read_percent,
+                "disks": disks_count,
+            }),
+        );
+        for index in 0..OPS {
+            value.insert(op_name(index).to_owned(), self.op_json(group, index));
+        }
+        value.into()
+    }
+
+    fn op_json(&self, group: usize, index: usize) -> Value {
         let main = self.main();
-        let op = &main.record.ops[index];
-        let total: u64 =
-            self.parts.iter().map(|part| part.outcome.record.ops[index].finished_count).sum();
+        let op = &main.records[group].ops[index];
+        let finished = |part: &Part| {
+            part.outcome.records.get(group).map_or(0, |record| record.ops[index].finished_count)
+        };
+        let total: u64 = self.parts.iter().map(finished).sum();
         let iops = rate(op.latency_ns.len(), main.elapsed_ns);
-        let bytes = if index == Op::Flush as usize { 0 } else { u64::from(cli.io_size) };
+        let bytes =
+            if index == Op::Flush as usize { 0 } else { u64::from(self.groups[group].job.io_size) };
         let h = &op.latency_ns;
         let percentile: Map<String, Value> = FIO_PERCENTILES
             .iter()

@@ -1,12 +1,33 @@
-//! `cargo xtask bench`: builds everything as it ships and runs the speed marks.
+//! `cargo xtask bench`: builds everything as it ships, measures, and writes docs/PERFORMANCE.md.
 
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+use clap::Args;
+
+/// What is handed on to the program that measures.
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// Measure only these sections (comma-separated): depth, size, disks, paper, peers, uring, idle, fairness, cross, quiet
+    #[arg(long)]
+    only: Option<String>,
+    /// Rounds; each point is measured once per round
+    #[arg(long)]
+    rounds: Option<u32>,
+    /// Length of each measurement, seconds
+    #[arg(long)]
+    seconds: Option<f64>,
+    /// One short round of few points into target/bench-docs, to see whether everything works
+    #[arg(long)]
+    quick: bool,
+    /// Only write the page again, from docs/performance/results.json
+    #[arg(long)]
+    render: bool,
+}
 
 /// Builds with the release profile and measures. True when the measurement ran to its end.
-pub(crate) fn run(root: &Path, rounds: u32, seconds: u32) -> Result<bool> {
+pub(crate) fn run(root: &Path, options: &Options) -> Result<bool> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let built = Command::new(cargo)
         .args([
@@ -17,6 +38,7 @@ pub(crate) fn run(root: &Path, rounds: u32, seconds: u32) -> Result<bool> {
             "--package",
             "ringmill-benches",
         ])
+        .args(["--bin", "ringmilld", "--bin", "ringmill-perf", "--bin", "marks"])
         .current_dir(root)
         .status()
         .context("cannot run cargo")?;
@@ -26,12 +48,23 @@ pub(crate) fn run(root: &Path, rounds: u32, seconds: u32) -> Result<bool> {
     let target =
         std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), Into::into);
     let release = target.join("release");
-    let status = Command::new(release.join("marks"))
-        .arg("--ringmilld")
-        .arg(release.join("ringmilld"))
-        .args(["--rounds", &rounds.to_string(), "--seconds", &seconds.to_string()])
-        .current_dir(root)
-        .status()
-        .context("cannot start the marks")?;
+    // A quick run must not overwrite figures that mean something.
+    let docs = if options.quick { target.join("bench-docs") } else { root.join("docs") };
+    let mut command = Command::new(release.join("marks"));
+    command.arg("--programs").arg(&release).arg("--docs").arg(&docs).current_dir(root);
+    if let Some(only) = &options.only {
+        command.args(["--only", only]);
+    }
+    if let Some(rounds) = options.rounds {
+        command.args(["--rounds", &rounds.to_string()]);
+    }
+    if let Some(seconds) = options.seconds {
+        command.args(["--seconds", &seconds.to_string()]);
+    }
+    command.args(options.quick.then_some("--quick")).args(options.render.then_some("--render"));
+    let status = command.status().context("cannot start the marks")?;
+    if status.success() {
+        println!("written to {}", docs.join("PERFORMANCE.md").display());
+    }
     Ok(status.success())
 }

@@ -12,7 +12,8 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 
-use crate::provision;
+use crate::instructions::{self, Options, Outcome};
+use crate::{packages, provision};
 
 /// Seeds of the simulator in a full run.
 const SIM_SEEDS: u64 = 100;
@@ -31,6 +32,8 @@ pub(crate) enum GroupName {
     Loom,
     /// The simulator
     Sim,
+    /// Instructions per request, against the checked-in table
+    Instructions,
     /// Guests under QEMU
     Guest,
 }
@@ -42,6 +45,7 @@ impl GroupName {
             Self::Doc => "doc",
             Self::Loom => "loom",
             Self::Sim => "sim",
+            Self::Instructions => "instructions",
             Self::Guest => "guest",
         }
     }
@@ -79,6 +83,11 @@ pub(crate) fn test(root: &Path, only: &[GroupName]) -> Result<bool> {
             GroupName::Doc => passed(cargo(root, &["test", "--workspace", "--doc"], &[])?),
             GroupName::Loom => passed(loom(root)?),
             GroupName::Sim => passed(sim(root, SimRange::First(SIM_SEEDS))?),
+            GroupName::Instructions => match instructions::run(root, Options::default())? {
+                Outcome::Same => GroupOutcome::Passed,
+                Outcome::Different => GroupOutcome::Failed,
+                Outcome::NotCompared(why) => GroupOutcome::Skipped(why),
+            },
             GroupName::Guest => guest_group(root, &skipped_file)?,
         };
         let seconds = started.elapsed().as_secs();
@@ -179,8 +188,10 @@ fn unit(root: &Path, skipped_file: &Path) -> Result<GroupOutcome> {
 }
 
 fn guest_group(root: &Path, skipped_file: &Path) -> Result<GroupOutcome> {
-    if let Some(missing) = provision::provision(root)?.missing {
-        return Ok(GroupOutcome::Skipped(format!("missing {missing}")));
+    provision::provision(root)?;
+    let missing = packages::missing();
+    if !missing.is_empty() {
+        return Ok(GroupOutcome::Skipped(format!("missing {}", packages::describe(&missing))));
     }
     let path = skipped_file.to_string_lossy();
     let mut env = vec![("RINGMILL_SKIPPED_FILE", path.as_ref())];

@@ -1,11 +1,13 @@
 //! `cargo xtask`: the developer's commands. Nothing here ships.
 //!
 //! tidy checks what a machine can check of the house style; test runs everything, guest only the QEMU guests, sim the
-//! simulator; packages says which Debian packages are missing and, as root, installs them; man writes man pages and
+//! simulator; instructions counts what a request costs, bench measures speed beside other servers; packages says which Debian packages are missing and, as root, installs them; man writes man pages and
 //! shell completions.
 
 mod bench;
+mod callgrind;
 mod groups;
+mod instructions;
 mod man;
 // The lab's own list, so that what is installed and what is looked for cannot differ; a dependency on the whole tools
 // crate would make every xtask wait for it.
@@ -22,6 +24,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 
 use groups::{GroupName, SimRange};
+use instructions::Outcome;
 
 /// Developer commands of ringmill.
 #[derive(Debug, Parser)]
@@ -60,14 +63,16 @@ enum Task {
     },
     /// Write man pages and shell completions to target/man and target/completions
     Man,
-    /// Measure ringmilld beside qemu-storage-daemon and fio, in one run; takes some minutes
-    Bench {
-        /// Rounds; each server is measured once per round
-        #[arg(long, default_value_t = 5)]
-        rounds: u32,
-        /// Length of each measurement, seconds
-        #[arg(long, default_value_t = 2)]
-        seconds: u32,
+    /// Measure ringmilld beside qemu-storage-daemon and fio, in one run, into docs/PERFORMANCE.md; about ten minutes
+    Bench(bench::Options),
+    /// Count instructions per request and compare them with benches/instructions.toml
+    Instructions {
+        /// Make the counts the table
+        #[arg(long)]
+        write: bool,
+        /// Also name the functions in which they were spent
+        #[arg(long)]
+        functions: bool,
     },
     /// Say which Debian packages the tests still need
     Packages {
@@ -109,7 +114,18 @@ fn run(task: &Task) -> Result<bool> {
             groups::sim(&root, range)
         }
         Task::Man => man::man(&root),
-        Task::Bench { rounds, seconds } => bench::run(&root, *rounds, *seconds),
+        Task::Bench(options) => bench::run(&root, options),
+        Task::Instructions { write, functions } => {
+            let options = instructions::Options { write: *write, functions: *functions };
+            match instructions::run(&root, options)? {
+                Outcome::Same => Ok(true),
+                Outcome::Different => Ok(false),
+                Outcome::NotCompared(why) => {
+                    println!("not compared: {why}");
+                    Ok(true)
+                }
+            }
+        }
         Task::Packages { install } => {
             let outcome = if *install { provision::provision(&root)? } else { provision::look() };
             if let Some(missing) = &outcome.missing {

@@ -22,13 +22,13 @@ pub(crate) struct Outcome {
 
 /// Looks, installs nothing.
 pub(crate) fn look() -> Outcome {
-    let missing = packages::missing();
+    let missing = packages::missing_anywhere();
     Outcome { missing: (!missing.is_empty()).then(|| packages::describe(&missing)) }
 }
 
 /// Installs what is missing if this is root, else only looks.
 pub(crate) fn provision(root: &Path) -> Result<Outcome> {
-    let names = packages::package_names(&packages::missing());
+    let names = packages::package_names(&packages::missing_anywhere());
     if names.is_empty() || !is_root() {
         return Ok(look());
     }

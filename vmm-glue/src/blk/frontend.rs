@@ -264,7 +264,9 @@ impl FrontEnd {
             None => None,
         };
         let Some(worker) = format::worker(&start, windows, self.features, parts, seed) else {
-            tracing::error!(controller = %self.shared.name, "queue {index}: no ring of {} entries goes on at {:#x}", start.size, start.base);
+            tracing::error!(controller = %self.shared.name, "queue {index}: its packed ring of {} entries is not at {:#x}, where the front-end says: \
+                the server's predecessor did not stop cleanly; reset the device (reboot the guest)", start.size, start.base);
+            self.signal_error(index);
             return;
         };
         let reactor = self.shared.reactor_of(index);
@@ -471,9 +473,15 @@ impl FrontEnd {
                 })
             }
             (_, Some(Kind::Move(_))) => self.take_message(index, id, operation),
-            (_, Some(Kind::Stop(_) | Kind::Reset | Kind::Close) | None) => {
+            (_, kind @ (Some(Kind::Stop(_) | Kind::Reset | Kind::Close) | None)) => {
+                let is_farewell = matches!(kind, Some(Kind::Close));
                 Box::new(move |reactor: &mut Reactor| {
-                    let base = with_worker(reactor, id, |worker, _| worker.base());
+                    let base = with_worker(reactor, id, |worker, _| {
+                        if is_farewell {
+                            worker.leave();
+                        }
+                        worker.base()
+                    });
                     let poller = reactor.remove_poller(id);
                     step(base, poller.map(|p| Box::new(p) as Leftover));
                 })

@@ -6,13 +6,13 @@
 //! channel does not take goes back to the ring untouched; a broken queue never writes to the guest's rings again.
 //!
 //! poll:
-//!   available → while room, bytes and entries: pop, parse, slot → submit a prefix, put the rest back
+//!   intake: available → pop all there is room for → parse all → submit a prefix, put the rest back
 //!   channel.poll → status byte, used element
 //!   publish used.idx once → at most one interrupt
 
 use ringmill_core::bdev::{Channel, ChannelSeed};
 use ringmill_core::io::{Completion, IoOp, Slots};
-use ringmill_core::limits::{BATCH_REQUESTS_MAX, QUEUE_INFLIGHT_MAX};
+use ringmill_core::limits::QUEUE_INFLIGHT_MAX;
 use ringmill_core::mem::{Segment, lost_mappings_count};
 use ringmill_core::reactor::{ClientId, Done, Poller, ReactorCx, Share};
 use ringmill_core::units::{len_u32, usize_of};
@@ -21,12 +21,12 @@ use crate::virtq::{Chain, QueueError, Virtqueue};
 
 use super::arrivals::Arrivals;
 use super::notifier::Notifier;
-use super::request::{Parsed, parse};
 use super::{QueueState, Tracking};
 
 mod answer;
 mod control;
 mod finished;
+mod intake;
 mod parts;
 mod placing;
 
@@ -34,7 +34,7 @@ pub use control::WorkerControl;
 pub use parts::WorkerParts;
 pub use placing::PlaceError;
 
-use finished::{Finished, FinishedList};
+use finished::FinishedList;
 use placing::Trial;
 
 /// A request in flight, as the guest knows it.
@@ -57,7 +57,6 @@ pub struct QueueWorker<V, T> {
     /// One bit per head: taken and not answered.
     heads: Box<[u64]>,
     arrivals: Arrivals,
-    finished: FinishedList,
     mem_hint: usize,
     notifier: Notifier,
     /// Its part of what the reactor's queues may move.
@@ -85,7 +84,6 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
             slots: Slots::new(size.min(QUEUE_INFLIGHT_MAX)),
             heads: std::iter::repeat_n(0, size.div_ceil(64)).collect(),
             arrivals: Arrivals::default(),
-            finished: FinishedList::default(),
             mem_hint: 0,
             notifier: Notifier::new(parts.kick.take(), parts.call.take()),
             share: Share::default(),
@@ -96,79 +94,6 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
             state: QueueState::Running,
             parts,
         }
-    }
-
-    /// Puts the entry that was taken last back to the ring; it keeps the time at which it was seen.
-    #[cold]
-    #[inline(never)]
-    fn put_back(&mut self, head: u16, seen_ns: u64) {
-        self.unmark(head);
-        self.parts.tracking.put_back(head);
-        self.parts.queue.unpop(head);
-        self.arrivals.put_back(seen_ns);
-    }
-
-    /// Takes what there is room for; true when there was anything to take.
-    fn intake(&mut self, cx: &mut ReactorCx) -> Result<bool, QueueError> {
-        let available = self.parts.queue.available()?;
-        if available == 0 {
-            return Ok(false);
-        }
-        self.parts.queue.suppress_kicks();
-        self.arrivals.note(available, cx.pass_ns);
-        let room = self.parts.channel.room(&cx.io);
-        let bytes_max = cx.io.fair.intake_bytes(&self.share, room.bytes);
-        if bytes_max == 0 {
-            // Debts are paid by polling on; room in flight comes with a completion.
-            return Ok(room.bytes == 0);
-        }
-        let room = room.requests.min(self.slots.room()).min(BATCH_REQUESTS_MAX);
-        let size_bytes = self.parts.device.info().size_bytes();
-        let (mut bytes, mut left) = (0, available);
-        cx.batch.clear();
-        for _ in 0..room.min(usize::from(available)) {
-            let popped =
-                self.parts.queue.pop(&self.parts.mem, &mut self.mem_hint, &mut cx.batch)?;
-            let Some(chain) = popped else { break };
-            left -= 1;
-            let seen_ns = self.arrivals.take(cx.pass_ns);
-            self.mark_taken(chain.head)?;
-            match parse(&chain, &mut cx.batch, &self.parts.device, size_bytes)? {
-                Parsed::Io(mut request) => {
-                    let slot = InFlight {
-                        head: chain.head,
-                        op: request.op,
-                        written_bytes: written(&chain),
-                        status: chain.status,
-                        bytes: request.len_bytes,
-                        seen_ns,
-                        submitted_ns: cx.pass_ns,
-                    };
-                    let Ok(tag) = self.slots.insert(slot) else {
-                        self.put_back(chain.head, seen_ns);
-                        break;
-                    };
-                    request.tag = tag;
-                    bytes += request.len_bytes;
-                    cx.batch.push(request);
-                    if bytes >= bytes_max {
-                        break;
-                    }
-                }
-                answer => {
-                    self.copy_serial(cx, &answer);
-                    // Entries are answered in any order but put back only from the end: hand over what came before.
-                    if !self.submit(cx, Some((chain.head, seen_ns))) {
-                        return Ok(true);
-                    }
-                    self.answer(cx, &chain, seen_ns, &answer);
-                }
-            }
-        }
-        if self.submit(cx, None) && left == 0 {
-            cx.io.fair.served_all(&self.share, cx.pass_ns);
-        }
-        Ok(room > 0)
     }
 
     #[inline]
@@ -187,41 +112,9 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
         self.heads[usize::from(head) / 64] &= !(1u64 << (head % 64));
     }
 
-    /// Hands the batch to the channel; true when all of it was taken. The rest goes back to the ring, and with it
-    /// `last`: the head and time of an entry that was popped after those of the batch.
-    #[inline]
-    fn submit(&mut self, cx: &mut ReactorCx, last: Option<(u16, u64)>) -> bool {
-        if cx.batch.is_empty() {
-            return true;
-        }
-        let taken = self.parts.channel.submit(&mut cx.io, cx.batch.view());
-        let all = taken == cx.batch.len();
-        // One clock read for the whole batch: it was handed over in one call.
-        let now_ns = cx.io.clock.now_ns();
-        let view = cx.batch.view();
-        let mut data_bytes = 0;
-        for request in &view.requests()[..taken] {
-            data_bytes += request.op.data_bytes(request.len_bytes);
-            if let Some(slot) = self.slots.get_mut(request.tag) {
-                slot.submitted_ns = now_ns;
-            }
-        }
-        cx.io.fair.started(&mut self.share, data_bytes);
-        if !all && let Some((head, seen_ns)) = last {
-            self.put_back(head, seen_ns);
-        }
-        for request in view.requests()[taken..].iter().rev() {
-            if let Some(slot) = self.slots.remove(request.tag) {
-                self.put_back(slot.head, slot.seen_ns);
-            }
-        }
-        cx.batch.clear();
-        all
-    }
-
     /// Answers what the channel has finished, one batch per pass; true when there was anything.
     #[inline]
-    fn complete(&mut self, cx: &mut ReactorCx) -> bool {
+    fn complete(&mut self, cx: &mut ReactorCx, finished: &mut FinishedList) -> bool {
         if self.slots.live_count() == 0 {
             return false;
         }
@@ -243,7 +136,7 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
             self.parts.tracking.answered(slot.head);
             self.parts.queue.put_used(slot.head, slot.written_bytes);
             let InFlight { op, bytes, seen_ns, submitted_ns, .. } = slot;
-            self.finished.push(Finished { op, ok: status.is_ok(), bytes, seen_ns, submitted_ns });
+            finished.push(op, status.is_ok(), bytes, (seen_ns, submitted_ns));
         }
         cx.io.fair.ended(&mut self.share, data_bytes);
         !cx.completions.is_empty()
@@ -251,22 +144,22 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
 
     /// Makes answers visible and interrupts the guest if it wants that; then does the book-keeping.
     #[inline]
-    fn publish(&mut self, cx: &mut ReactorCx) {
+    fn publish(&mut self, cx: &mut ReactorCx, finished: &FinishedList) {
         if self.state == QueueState::Broken {
             return;
         }
-        let completed_ns = if self.finished.is_empty() { 0 } else { cx.io.clock.now_ns() };
+        let completed_ns = if finished.is_empty() { 0 } else { cx.io.clock.now_ns() };
         let ask = self.notifier.can_signal(cx);
         if self.parts.queue.publish(ask) && self.notifier.coalescer.want(cx.pass_ns) {
             self.notifier.signal(cx, &self.parts.status);
         }
-        if self.finished.is_empty() {
+        if finished.is_empty() {
             return;
         }
         let published_ns = cx.io.clock.now_ns();
-        let count = len_u32(self.finished.len());
+        let count = finished.requests_count();
         self.notifier.coalescer.count(count, published_ns, self.parts.device.coalesce());
-        self.finished.record(&self.parts.status.stats, completed_ns, published_ns);
+        finished.record(&self.parts.status.stats, completed_ns, published_ns);
     }
 
     #[inline]
@@ -298,10 +191,11 @@ impl<V: Virtqueue, T: Tracking> Poller for QueueWorker<V, T> {
                 Err(error) => self.abandon(cx, error),
             }
         }
-        work |= self.complete(cx);
+        let mut finished = FinishedList::default();
+        work |= self.complete(cx, &mut finished);
         cx.io.fair.end(&mut self.share);
         if work {
-            self.publish(cx);
+            self.publish(cx, &finished);
             self.show();
         }
         if !self.waiting.is_empty() && self.slots.live_count() == 0 {

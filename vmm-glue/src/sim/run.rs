@@ -625,9 +625,14 @@ impl Sim {
                     worker.resume(&mut reactor.cx, None);
                 }
                 Then::Stop => {
+                    // The front-end asks where the ring is, or the daemon goes away under it and nobody can.
+                    let asked = !self.packed || self.dice.chance(500);
+                    if !asked {
+                        worker.leave();
+                    }
                     worker.detach(&mut reactor.cx);
                     queue.worker = None;
-                    queue.base = base;
+                    queue.base = if asked { base } else { 0x8000_8000 };
                     let until = self.step + self.dice.below(60);
                     self.action = Action::Stopped { queue: at, until };
                 }

@@ -41,6 +41,10 @@ pub trait WorkerControl: Poller {
     /// Where the queue would go on (GET_VRING_BASE); final once nothing is in flight.
     fn base(&self) -> u32;
 
+    /// The front-end is gone or sent away without asking for the base: leaves a drained ring so that a successor finds its
+    /// place.
+    fn leave(&self);
+
     /// How long the oldest request has been with the device, nanoseconds; `None` without any.
     fn oldest_age_ns(&self, now_ns: u64) -> Option<u64>;
 
@@ -89,6 +93,13 @@ impl<V: Virtqueue, T: Tracking> WorkerControl for QueueWorker<V, T> {
 
     fn base(&self) -> u32 {
         self.parts.queue.base()
+    }
+
+    #[cold]
+    fn leave(&self) {
+        if self.state != QueueState::Broken && self.slots.live_count() == 0 {
+            self.parts.queue.leave();
+        }
     }
 
     #[cold]

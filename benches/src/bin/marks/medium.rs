@@ -1,4 +1,4 @@
-//! Fast media that any Linux machine has: a file on tmpfs, a zram device.
+//! Fast media that any Linux machine has: a file on tmpfs, a zram device; and a file on a disk.
 //!
 //! **Invariant:** what was made here is gone when the value is dropped.
 
@@ -7,25 +7,33 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 
+/// Size of each.
+pub(crate) const SIZE_BYTES: u64 = 256 << 20;
+
 /// A medium to measure on.
 pub(crate) enum Medium {
     /// A file in /dev/shm.
     Tmpfs(PathBuf),
     /// A zram device of our own.
     Zram { number: u32, path: PathBuf },
+    /// A file in the build directory.
+    Disk(PathBuf),
+}
+
+fn file(path: &Path) -> anyhow::Result<()> {
+    let file = fs::File::create_new(path);
+    let file = file.with_context(|| format!("cannot create {}", path.display()))?;
+    file.set_len(SIZE_BYTES).context("cannot size the file")
 }
 
 impl Medium {
-    fn tmpfs(size_bytes: u64) -> anyhow::Result<Medium> {
+    fn tmpfs() -> anyhow::Result<Medium> {
         let path = PathBuf::from(format!("/dev/shm/ringmill-marks-{}.img", std::process::id()));
-        let file = fs::File::create_new(&path)
-            .with_context(|| format!("cannot create {}", path.display()))?;
-        let medium = Medium::Tmpfs(path);
-        file.set_len(size_bytes).context("cannot size the file")?;
-        Ok(medium)
+        file(&path)?;
+        Ok(Medium::Tmpfs(path))
     }
 
-    fn zram(size_bytes: u64) -> anyhow::Result<Medium> {
+    fn zram() -> anyhow::Result<Medium> {
         if !rustix::process::geteuid().is_root() {
             bail!("zram needs root");
         }
@@ -33,7 +41,7 @@ impl Medium {
             fs::read_to_string("/sys/class/zram-control/hot_add").context("no zram here")?;
         let number: u32 = number.trim().parse().context("zram gave no number")?;
         let medium = Medium::Zram { number, path: PathBuf::from(format!("/dev/zram{number}")) };
-        fs::write(format!("/sys/block/zram{number}/disksize"), size_bytes.to_string())
+        fs::write(format!("/sys/block/zram{number}/disksize"), SIZE_BYTES.to_string())
             .context("cannot size zram")?;
         if !medium.path().exists() {
             bail!("{} does not appear", medium.path().display());
@@ -41,26 +49,25 @@ impl Medium {
         Ok(medium)
     }
 
+    fn disk(dir: &Path) -> anyhow::Result<Medium> {
+        let path = dir.join(format!("ringmill-marks-{}.img", std::process::id()));
+        file(&path)?;
+        Ok(Medium::Disk(path))
+    }
+
     /// Its name as a disk.
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Medium::Tmpfs(_) => "tmpfs",
             Medium::Zram { .. } => "zram",
+            Medium::Disk(_) => "disk",
         }
     }
 
     /// Where it is.
     pub(crate) fn path(&self) -> &Path {
         match self {
-            Medium::Tmpfs(path) | Medium::Zram { path, .. } => path,
-        }
-    }
-
-    /// For people.
-    pub(crate) fn what(&self) -> String {
-        match self {
-            Medium::Tmpfs(_) => "a file on tmpfs, written before".to_owned(),
-            Medium::Zram { path, .. } => format!("{}, written before", path.display()),
+            Medium::Tmpfs(path) | Medium::Zram { path, .. } | Medium::Disk(path) => path,
         }
     }
 }
@@ -69,14 +76,14 @@ impl Drop for Medium {
     fn drop(&mut self) {
         // Left-overs cost memory and nothing else; there is nobody to tell at this point.
         let _ = match self {
-            Medium::Tmpfs(path) => fs::remove_file(path),
+            Medium::Tmpfs(path) | Medium::Disk(path) => fs::remove_file(path),
             Medium::Zram { number, .. } => fs::write(format!("/sys/block/zram{number}/reset"), "1")
                 .and_then(|()| fs::write("/sys/class/zram-control/hot_remove", number.to_string())),
         };
     }
 }
 
-/// All media, or why one cannot be had.
-pub(crate) fn all(size_bytes: u64) -> [anyhow::Result<Medium>; 2] {
-    [Medium::tmpfs(size_bytes), Medium::zram(size_bytes)]
+/// All media, or why one cannot be had. `dir` is on a disk.
+pub(crate) fn all(dir: &Path) -> [anyhow::Result<Medium>; 3] {
+    [Medium::tmpfs(), Medium::zram(), Medium::disk(dir)]
 }
