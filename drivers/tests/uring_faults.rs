@@ -285,7 +285,7 @@ fn long_transfers_go_in_pieces_beside_a_light_queue() {
         cx.turn_ring();
         passes += 1;
     }
-    // 4 MiB by 32 KiB and pass; the kernel may need longer, but never less.
+    // 4 MiB by a quantum and pass; the kernel may need longer, but never less.
     assert!(passes >= (4 << 20) / FAIR_QUANTUM_BYTES, "{passes} passes");
     let pieces: u64 = fact(&bdev, "continued").parse::<u64>().unwrap() + 4;
     assert!(pieces >= (4 << 20) / FAIR_PIECE_BYTES, "{pieces} pieces");

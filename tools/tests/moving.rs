@@ -13,6 +13,7 @@ mod media;
 mod model;
 
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
@@ -53,7 +54,9 @@ fn pollers(daemon: &Daemon, name: &str) -> Vec<(u64, String)> {
     let threads = threads["threads"].as_array().expect("threads").clone();
     let mut all = Vec::new();
     for (core, thread) in (0..).zip(&threads) {
-        let names = thread["active_pollers"].as_array().expect("pollers").iter();
+        // A queue without traffic is parked.
+        let lists = ["active_pollers", "paused_pollers"];
+        let names = lists.iter().flat_map(|list| thread[list].as_array().expect("pollers"));
         let names = names.map(|p| p["name"].as_str().expect("a name").to_owned());
         all.extend(names.filter(|n| n.starts_with(&prefix)).map(|n| (core, n)));
     }
@@ -123,6 +126,34 @@ fn disks_move_a_thousand_times_under_load() {
     daemon.stop();
 }
 
+/// Packed rings have their position in descriptors, not in an index that everybody sees.
+#[test]
+fn packed_queues_move_under_a_verifying_load() {
+    if cores_count() < 2 {
+        return skip("packed_queues_move_under_a_verifying_load", "one core");
+    }
+    let daemon = Daemon::with(["-m", "3"]);
+    let socket = daemon.add_malloc("ram", 64 * MIB, 512);
+    let args = ["-w", "verify", "--packed", "-n", "2", "-q", "16", "-o", "64k", "-t", "2"];
+    let mut perf = Command::new(env!("CARGO_BIN_EXE_ringmill-perf"))
+        .args(args)
+        .arg(&socket)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("ringmill-perf starts");
+    let (mut rpc, mut moves) = (daemon.rpc(), 0);
+    while perf.try_wait().expect("our child").is_none() {
+        let params = json!({"ctrlr": "ram", "cpumask": format!("[{}]", moves % 2)});
+        assert_eq!(rpc.call("vhost_controller_set_cpumask", &params), true);
+        moves += 1;
+    }
+    let output = perf.wait_with_output().expect("our child");
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(output.status.success() && moves > 50, "{moves} moves: {said}");
+    daemon.stop();
+}
+
 /// A guest that never polls: every answer must reach it by an interrupt, and its kicks must be heard, wherever its queue
 /// is; meanwhile its VMM does what VMMs do to a running queue.
 #[test]
@@ -176,6 +207,21 @@ fn a_sleeping_guest_hears_of_every_answer_while_its_queue_moves() {
         moving.join().expect("every move succeeds")
     });
     assert!(moves > 100, "{moves} moves");
+    // A signal that cannot be delivered stays behind; the next one is a new one.
+    for core in [1, 0, 1] {
+        load.ring.block_call();
+        load.run(&data, 3);
+        let params = json!({"ctrlr": "ram", "cpumask": format!("[{core}]")});
+        daemon.call("vhost_controller_set_cpumask", &params);
+        assert!(load.ring.wait_call(WAIT_MAX), "it was full");
+        for _ in 0..3 {
+            load.submit(&data);
+            while load.poll(&[&data]) == 0 {
+                assert!(load.ring.wait_call(WAIT_MAX), "core {core}: no interrupt");
+            }
+        }
+    }
+    load.drain(&[&data]);
     // A stopped ring says where it stands, and a started one goes on there, wherever it has been.
     let base = front.stop(&load.ring);
     assert_eq!(base, load.ring.avail_index);

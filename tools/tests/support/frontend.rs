@@ -357,6 +357,12 @@ impl Ring {
         ready.is_ok_and(|n| n > 0) && rustix::io::read(&self.call, &mut count).is_ok()
     }
 
+    /// Fills the interrupt's descriptor to the brim: the next signal cannot end until it is read.
+    pub fn block_call(&self) {
+        while self.wait_call(Duration::ZERO) {}
+        rustix::io::write(&self.call, &(u64::MAX - 1).to_ne_bytes()).expect("an empty counter");
+    }
+
     /// What the device has used: slots and status bytes.
     pub fn completions(&mut self, memory: &Memory) -> Vec<(u16, u8)> {
         let end = memory.u16(self.used + 2);

@@ -159,11 +159,10 @@ impl FrontEnd {
 
     /// Sends every worker in transit to its new reactor.
     pub(super) fn place_all(&mut self) {
-        let in_transit = |(_, ring): &(u16, &Option<Box<super::RunningRing>>)| {
-            ring.as_ref().is_some_and(|r| r.transit.is_some())
-        };
-        let moving: Vec<u16> =
-            (0..).zip(&self.rings).filter(in_transit).map(|(index, _)| index).collect();
+        let in_transit = (0..)
+            .zip(&self.rings)
+            .filter(|(_, ring)| ring.as_ref().is_some_and(|r| r.transit.is_some()));
+        let moving: Vec<u16> = in_transit.map(|(index, _)| index).collect();
         if let Some(operation) = &mut self.current {
             operation.waiting = moving.len();
         }
