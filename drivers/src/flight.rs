@@ -21,7 +21,7 @@ const ENTRY_SEGMENTS_MAX: usize = 1024;
 
 /// Bytes of one entry, a multiple of every block. The kernel may copy or pin an entry's data inside the reactor's own system
 /// call, so a piece is no longer than what a pass may take.
-const ENTRY_BYTES_MAX: u64 = 1 << 20;
+const ENTRY_BYTES_MAX: u64 = ringmill_core::limits::FAIR_ALONE_BYTES;
 
 /// BLOCK_URING_CMD_DISCARD, `_IO(0x12, 0)` (`linux/blkdev.h`, Linux 6.12).
 pub(crate) const BLOCK_URING_CMD_DISCARD: u32 = 0x1200;
@@ -104,6 +104,12 @@ impl<T> Flights<T> {
     #[inline]
     pub(crate) fn room(&self) -> usize {
         self.slots.room()
+    }
+
+    /// Entries that the ring has for this channel.
+    #[inline]
+    pub(crate) fn entries_room(&self, ring: &Ring) -> u32 {
+        ring.room_for(self.client)
     }
 
     /// Requests here.

@@ -10,7 +10,11 @@ use media::{Loop, Mount, disk_dir, image, open, options, peek, shm_dir, skipped}
 use ringmill_core::IoStatus;
 use ringmill_core::bdev::Bdev;
 use ringmill_core::bdev::conformance::TestBed;
-use ringmill_core::io::{IoFlags, IoOp};
+use ringmill_core::io::{Completions, IoFlags, IoOp, IoRequest, Tag};
+use ringmill_core::limits::{FAIR_PIECE_BYTES, FAIR_QUANTUM_BYTES};
+use ringmill_core::mem::MemTable;
+use ringmill_core::reactor::{ReactorCx, Ring};
+use ringmill_core::units::GuestAddr;
 use ringmill_drivers::malloc::{MallocBdev, MallocOptions};
 use ringmill_drivers::uring::{CacheMode, UringBdev};
 
@@ -233,4 +237,60 @@ fn a_ram_disk_starts_empty_grows_as_used_and_gives_memory_back() {
     assert!(disk[..512].iter().chain(&disk[(4 << 20) - 512..]).all(|&b| b == 1));
     assert!(disk[512..(4 << 20) - 512].iter().all(|&b| b == 0));
     bed.finish();
+}
+
+/// Beside a queue that waits for little, no pass queues more than a quantum and a piece of a long transfer, the bytes of
+/// each pass add up to a quantum in the mean, and the data is right.
+#[test]
+fn long_transfers_go_in_pieces_beside_a_light_queue() {
+    let dir = shm_dir();
+    let path = image(&dir, 16 << 20);
+    let bdev = open(&options(&path, CacheMode::WriteBack));
+    let data: Vec<u8> =
+        (0..4u32 << 20).map(|i| i.wrapping_mul(2_654_435_761).to_le_bytes()[3]).collect();
+    let mut bed = TestBed::new(&*bdev);
+    assert_eq!(bed.write(0, &data), IoStatus::Ok);
+    bed.finish();
+    let mut ring = Ring::new(&[]).unwrap();
+    ring.enable().unwrap();
+    let mut cx = ReactorCx::new(Some(ring)).unwrap();
+    let mut channel = bdev.open_channel().unwrap()(&mut cx.io).unwrap();
+    let memory = MemTable::anonymous(GuestAddr(0), 4 << 20).unwrap();
+    let (mut hog, light) = (cx.io.fair.join(), cx.io.fair.join());
+    cx.io.fair.served_all(&light, 0);
+    let (mut passes, mut taken, mut done) = (0u64, 0u64, Completions::new());
+    let began = std::time::Instant::now();
+    while done.len() < 4 {
+        assert!(began.elapsed().as_secs() < 60, "no end");
+        cx.io.fair.begin(&mut hog, 1);
+        if taken < 4 && cx.io.fair.intake_bytes(&hog, channel.room(&cx.io).bytes) > 0 {
+            let segment = memory.translate(GuestAddr(taken << 20), 1 << 20, &mut 0).unwrap();
+            let (offset_bytes, len_bytes) = (taken << 20, 1 << 20);
+            let tag = Tag::new(u16::try_from(taken).unwrap(), 0);
+            let (op, flags) = (IoOp::Read, NONE);
+            let request = IoRequest {
+                offset_bytes,
+                len_bytes,
+                tag,
+                segments_at: 0,
+                segments_count: 0,
+                op,
+                flags,
+            };
+            cx.batch.single(request, &[segment]);
+            taken += channel.submit(&mut cx.io, cx.batch.view()) as u64;
+        }
+        channel.poll(&mut cx.io, &mut done);
+        cx.io.fair.end(&mut hog);
+        cx.turn_ring();
+        passes += 1;
+    }
+    // 4 MiB by 32 KiB and pass; the kernel may need longer, but never less.
+    assert!(passes >= (4 << 20) / FAIR_QUANTUM_BYTES, "{passes} passes");
+    let pieces: u64 = fact(&bdev, "continued").parse::<u64>().unwrap() + 4;
+    assert!(pieces >= (4 << 20) / FAIR_PIECE_BYTES, "{pieces} pieces");
+    let mut got = vec![0; data.len()];
+    memory.translate(GuestAddr(0), 4 << 20, &mut 0).unwrap().read_into(&mut got);
+    assert!(got == data, "the pieces do not add up");
+    channel.close(&mut cx.io);
 }

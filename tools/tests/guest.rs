@@ -88,6 +88,50 @@ fn packed_rings_without_tables_and_event_indices_carry_a_guest() -> Outcome {
     })
 }
 
+#[test]
+fn a_running_guest_goes_on_after_a_restart_of_the_daemon() -> Outcome {
+    const NAME: &str = "daemon restart";
+    if server_name() == "qemu-storage-daemon" {
+        skip(NAME, "qemu-storage-daemon has split rings only");
+        return Ok(());
+    }
+    with_lab(NAME, |lab| {
+        for properties in ["", ",packed=on", ",packed=on,indirect_desc=off"] {
+            let scratch = ScratchDir::new()?;
+            let specs = [disk("vm0", Medium::Uring { path: image(&scratch, "a.img", 64 * MIB)? })];
+            let mut server = serve(&specs)?;
+            // QEMU connects to the same name again, and finds another daemon there.
+            let socket = scratch.path().join("socket");
+            let link = |to: &Path| {
+                let _ = fs::remove_file(&socket);
+                std::os::unix::fs::symlink(to, &socket).expect("a link");
+            };
+            link(server.socket(0));
+            let disks =
+                vec![DiskConfig { properties: properties.to_owned(), ..DiskConfig::new(&socket) }];
+            let boot = Boot::Linux(lab.linux(Payload::Base)?);
+            let mut guest = Guest::start(&MachineConfig::new(boot, disks))?;
+            for round in 1..=3 {
+                guest.sh(&format!(
+                    "seq {round} {round} 900000 | head -c 3000000 >/run/data{round}\n\
+                     dd if=/run/data{round} of=/dev/vda bs=10000 seek=$(({round} * 400)) conv=fsync\n\
+                     echo 3 >/proc/sys/vm/drop_caches\n\
+                     for n in $(seq {round}); do\n\
+                     dd if=/dev/vda bs=10000 skip=$((n * 400)) count=300 | cmp - /run/data$n || exit 1\n\
+                     done"
+                ))?;
+                server.stop()?;
+                server = serve(&specs)?;
+                link(server.socket(0));
+            }
+            guest.sh("dd if=/dev/vda bs=10000 skip=1200 count=300 | cmp - /run/data3")?;
+            guest.quit()?;
+            server.stop()?;
+        }
+        Ok(())
+    })
+}
+
 /// Whether the guest's driver uses indirect tables, event indices and packed rings: three digits.
 fn ring_features(guest: &mut Guest) -> Result<String, LabError> {
     let bits = guest.sh("cat /sys/block/vda/device/features")?;

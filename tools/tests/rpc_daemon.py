@@ -275,6 +275,13 @@ def vhost():
         check(call("vhost_controller_set_coalescing", ctrlr="vm0", delay_base_us=50, iops_threshold=1000) is True, "coalescing")
         shown = call("vhost_get_controllers", name="vm0")[0]
         check((shown["delay_base_us"], shown["iops_threshold"]) == (50, 1000), f"{shown}")
+        # The daemon has one core: a move to it changes nothing, also before a guest has come.
+        check(call("vhost_controller_set_cpumask", ctrlr="vm0", cpumask=mask) is True, "cpumask")
+        check(call("vhost_controller_set_cpumask", ctrlr="vm0", cpumask=mask, queue=1) is True, "cpumask of a queue")
+        check(call("vhost_get_controllers", name="vm0")[0]["cpumask"] == "0x1", "cpumask shown")
+        fails(PARAMS, "core", "vhost_controller_set_cpumask", ctrlr="vm0", cpumask="0x2")
+        fails(PARAMS, "cpumask", "vhost_controller_set_cpumask", ctrlr="vm0", cpumask="zz")
+        fails(PARAMS, "queue", "vhost_controller_set_cpumask", ctrlr="vm0", cpumask=mask, queue=64)
         check(call("vhost_delete_controller", ctrlr="vm0") is True and not os.path.exists(shown["socket"]), "deleted")
         check(call("bdev_get_bdevs", name="null0")[0]["claimed"] is False, "free again")
     fails(PARAMS, "exists", "vhost_create_blk_controller", ctrlr=CTRLR, dev_name="null0")
@@ -285,7 +292,8 @@ def vhost():
     fails(PARAMS, "cpus", "vhost_create_blk_controller", ctrlr="vm1", dev_name="null0", cpus="0x1")
     fails(PARAMS, "path", "vhost_create_blk_controller", ctrlr="../vm1", dev_name="null0")
     for method, more in [("vhost_delete_controller", {}), ("vhost_controller_set_coalescing",
-                                                           {"delay_base_us": 1, "iops_threshold": 1})]:
+                                                           {"delay_base_us": 1, "iops_threshold": 1}),
+                         ("vhost_controller_set_cpumask", {"cpumask": "0x1"})]:
         fails(PARAMS, "nothere", method, ctrlr="nothere", **more)
     fails(PARAMS, "nothere", "vhost_get_controllers", name="nothere")
     session = call("vhost_get_controllers", name=CTRLR)[0]["sessions"][0]

@@ -290,6 +290,25 @@ fn controllers_are_made_listed_and_deleted() {
     assert_eq!(client.call("vhost_controller_set_coalescing", set), true);
     let unknown = r#"{"ctrlr":"x","delay_base_us":20,"iops_threshold":60000}"#;
     assert_eq!(client.fail("vhost_controller_set_coalescing", unknown).0, -32602);
+    let place = |params| ("vhost_controller_set_cpumask", params);
+    for (params, words) in [
+        (r#"{"ctrlr":"x","cpumask":"0x1"}"#, "no controller \"x\""),
+        (r#"{"ctrlr":"slow.v0","cpumask":"0x4"}"#, "core 2"),
+        (r#"{"ctrlr":"slow.v0","cpumask":"0x0"}"#, "names no core"),
+        (r#"{"ctrlr":"slow.v0"}"#, "needs the parameter \"cpumask\""),
+        (r#"{"ctrlr":"slow.v0","cpumask":"0x1","queue":7}"#, "no queue 7"),
+        (r#"{"ctrlr":"slow.v0","cpumask":"0x1","queue":64}"#, "from 0 to 63"),
+    ] {
+        let (method, params) = place(params);
+        let (code, message) = client.fail(method, params);
+        assert_eq!(code, -32602, "{message}");
+        assert!(message.contains(words), "{message}");
+    }
+    let (method, params) = place(r#"{"ctrlr":"slow.v0","cpumask":"[1]"}"#);
+    assert_eq!(client.call(method, params), true);
+    assert_eq!(client.call("vhost_get_controllers", "null")[0]["cpumask"], "0x2");
+    let (method, params) = place(r#"{"ctrlr":"slow.v0","cpumask":"0x1"}"#);
+    assert_eq!(client.call(method, params), true);
     let listed = client.call("vhost_get_controllers", r#"{"name":"slow.v0"}"#);
     assert_eq!(listed, client.call("vhost_get_controllers", "null"));
     assert_eq!(listed[0]["cpumask"], "0x1");
@@ -344,6 +363,14 @@ fn a_saved_configuration_makes_the_same_disks_again() {
         "vhost_controller_set_coalescing",
         r#"{"ctrlr":"v0","delay_base_us":5,"iops_threshold":1}"#,
     );
+    for params in [
+        r#"{"ctrlr":"v0","cpumask":"0x3","queue":0}"#,
+        r#"{"ctrlr":"v0","cpumask":"0x3"}"#,
+        r#"{"ctrlr":"v0","cpumask":"0x1","queue":0}"#,
+        r#"{"ctrlr":"v0","cpumask":"0x2","queue":0}"#,
+    ] {
+        client.call("vhost_controller_set_cpumask", params);
+    }
     client.call("bdev_null_resize", r#"{"name":"Null0","new_size":2}"#);
     client.call("vhost_delete_controller", r#"{"ctrlr":"slow.v1"}"#);
     client.call("bdev_malloc_delete", r#"{"name":"slow9"}"#);
@@ -363,9 +390,12 @@ fn a_saved_configuration_makes_the_same_disks_again() {
             "bdev_null_create",
             "bdev_malloc_create",
             "vhost_create_blk_controller",
-            "vhost_controller_set_coalescing"
+            "vhost_controller_set_coalescing",
+            "vhost_controller_set_cpumask",
+            "vhost_controller_set_cpumask"
         ]
     );
+    assert_eq!(saved[2]["config"][3]["params"], json!({"ctrlr":"v0","cpumask":"0x2","queue":0}));
     let second = FakeDaemon::start();
     let mut other = second.connect();
     for call in saved.as_array().unwrap().iter().flat_map(|s| s["config"].as_array().unwrap()) {

@@ -235,8 +235,8 @@ impl Pair {
             })
         };
         let mut runs = Vec::new();
-        let segments = self.batch.segments_from(chain.segments_at);
-        for (at, segment) in segments[..chain.segments_count].iter().enumerate() {
+        let segments = self.batch.segments_mut(chain.segments_at, chain.segments_count);
+        for (at, segment) in segments.iter().enumerate() {
             let addr = to_guest(segment.host().0).expect("inside the memory");
             push_run(&mut runs, addr, segment.len_bytes().into(), at >= chain.readable_count);
         }
@@ -420,18 +420,74 @@ fn the_largest_ring_is_looked_at_in_bounded_steps() {
 }
 
 #[test]
-fn a_base_of_zero_is_the_second_lap_only_behind_a_first_one() {
+fn a_queue_begins_where_the_ring_is_or_not_at_all() {
+    const FIRST: u32 = 0x8000_8000;
+    const BOTH: u16 = AVAIL | USED;
     let memory = GuestMemory::new(&[(0x1000, 1 << 20)]);
-    for (last_flags, base) in
-        [(0, 0x8000_8000), (WRITE, 0x8000_8000), (AVAIL, 0), (AVAIL | USED, 0), (USED, 0)]
-    {
-        memory.write_u16(RING_AT + 2 * 16 + 14, last_flags);
-        let queue = PackedQueue::new(windows(&memory, 3), 3, 0, true, true).unwrap();
-        assert_eq!(queue.base(), base, "{last_flags:#x}");
+    let start = |marks: [u16; 3], base: u32, device_event: u32| {
+        for (at, marks) in (0u64..).zip(marks) {
+            memory.write_u16(RING_AT + 16 * at + 14, marks | WRITE);
+        }
+        memory.write(DEVICE_AT, &device_event.to_le_bytes());
+        PackedQueue::new(windows(&memory, 3), 3, base, true, true).map(|queue| queue.base())
+    };
+    let at = |place: u32| Some(place * 0x1_0001);
+    // A fresh ring, with and without entries; base 0 is that of a front-end that knows split rings only.
+    for marks in [[0; 3], [AVAIL, AVAIL, 0], [AVAIL; 3]] {
+        assert_eq!(start(marks, FIRST, 0), Some(FIRST), "{marks:x?}");
     }
-    memory.write_u16(RING_AT + 2 * 16 + 14, 0);
-    let queue = PackedQueue::new(windows(&memory, 3), 3, 0x0001_0001, true, true).unwrap();
-    assert_eq!(queue.base(), 0x0001_0001, "only 0 can be a split ring's");
+    assert_eq!(start([0; 3], 0, 0), Some(FIRST));
+    assert_eq!(start([AVAIL, 0, 0], 0, 0), Some(FIRST));
+    // The second lap, behind a first one whose lists skipped entries or not, and with entries of its own.
+    for marks in [[BOTH; 3], [BOTH, AVAIL, BOTH], [USED, BOTH, BOTH], [USED; 3]] {
+        assert_eq!(start(marks, 0, 0), Some(0), "{marks:x?}");
+    }
+    assert_eq!(start([BOTH, BOTH, AVAIL], 0x8002_8002, 0), at(0x8002));
+    assert_eq!(start([BOTH, AVAIL, 0], 0x8001_8001, 0), at(0x8001));
+    assert_eq!(start([0, USED, BOTH], 0x0001_0001, 0), at(1));
+    // Requests of a predecessor that died are still in flight: the place for used ones is the front-end's.
+    assert_eq!(start([BOTH, AVAIL, AVAIL], 0x8001_0000, 0), Some(0x8001_0000));
+    // A front-end that does not know the place, and a ring that does.
+    assert_eq!(start([BOTH, BOTH, AVAIL], FIRST, 0), None);
+    assert_eq!(start([BOTH, BOTH, AVAIL], FIRST, 0x8002), at(0x8002));
+    assert_eq!(start([0, BOTH, BOTH], FIRST, 1), at(1));
+    assert_eq!(start([0, BOTH, BOTH], 0x8001_8001, 1), at(1));
+    assert_eq!(start([BOTH, BOTH, AVAIL], 0, 0x8002), at(0x8002));
+    // A list across the end of the lap hides that the place is not the first one: the note knows.
+    assert_eq!(start([AVAIL, AVAIL, 0], FIRST, 0x8002), at(0x8002));
+    // Notes that are none: of a queue that runs, that sleeps, or of another ring.
+    assert_eq!(start([BOTH, USED, BOTH], FIRST, 0x8003), at(0), "the end of the first lap");
+    for event in [0x8002 | 1 << 16, 0x8002 | 2 << 16, 0x8001, 0x0002, 0x8004, 0xffff] {
+        assert_eq!(start([BOTH, BOTH, AVAIL], FIRST, event), None, "{event:#x}");
+        assert_eq!(start([AVAIL, 0, 0], FIRST, event & !0x8002), Some(FIRST), "{event:#x}");
+    }
+}
+
+#[test]
+fn a_queue_that_leaves_notes_its_place_unless_requests_are_in_flight() {
+    for seed in 0..40 {
+        let mut pair = Pair::new(seed);
+        for round in 0..60 {
+            pair.driver_step();
+            pair.take();
+            pair.complete();
+            pair.notifications();
+            let before = pair.memory.read_u32(DEVICE_AT);
+            pair.ours.leave();
+            let size = u16::try_from(pair.size).unwrap();
+            if pair.flights.is_empty() {
+                // Whatever the front-end believes, the ring goes on where it is.
+                let base = pair.dice.pick(&[0, 0x8000_8000]);
+                let windows = windows(&pair.memory, size);
+                let next = PackedQueue::new(windows, size, base, pair.event_idx, true);
+                let next = next.unwrap_or_else(|| panic!("seed {seed} round {round}"));
+                assert_eq!(next.base(), pair.ours.base(), "seed {seed} round {round}");
+                pair.ours = next;
+            } else {
+                assert_eq!(pair.memory.read_u32(DEVICE_AT), before, "seed {seed}");
+            }
+        }
+    }
 }
 
 #[test]

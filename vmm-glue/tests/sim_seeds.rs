@@ -4,11 +4,13 @@ use ringmill_vmm_glue::sim::simulate;
 
 #[test]
 fn a_hundred_seeds_keep_every_promise() {
+    let mut moves_count = 0;
     let failures: Vec<String> = (0..100)
-        .filter_map(|seed| simulate(seed).err())
+        .filter_map(|seed| simulate(seed).map(|report| moves_count += report.moves_count).err())
         .map(|failure| format!("{failure}; replay: cargo xtask sim --seed {}", failure.seed))
         .collect();
     assert!(failures.is_empty(), "{}", failures.join("\n"));
+    assert!(moves_count > 100, "{moves_count} moves");
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod bench;
 
 use bench::{Bench, MEMORY_BYTES, RING_AT, SECTORS_COUNT, Setup};
 use ringmill_core::limits::CHAIN_DESCRIPTORS_MAX;
+use ringmill_core::reactor::{Poller, ReactorCx};
 use ringmill_core::spec::virtio_blk as spec;
 use ringmill_core::spec::virtio_ring::{
     AVAIL_ALIGN, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, used_bytes,
@@ -474,6 +475,17 @@ fn a_broken_queue_stays_silent() {
     let before = bench.ring.used_index(&bench.memory);
     for _ in 0..5 {
         bench.pass();
+        bench.offer(&[header, data, status]);
+    }
+    assert!(bench.is_broken());
+    // Nor on another reactor.
+    let mut other = ReactorCx::simulated(2).expect("memory");
+    bench.worker.detach(&mut bench.cx);
+    drop(bench.worker.replant(None, true));
+    bench.worker.attach(&mut other);
+    assert!(bench.worker.take_problem().is_none() && bench.is_broken());
+    for _ in 0..3 {
+        bench.worker.poll(&mut other);
         bench.offer(&[header, data, status]);
     }
     assert!(bench.is_broken());

@@ -133,8 +133,8 @@ impl Pair {
             found.expect("a segment lies in a region")
         };
         let mut runs = Vec::new();
-        let segments = self.batch.segments_from(chain.segments_at);
-        for (at, segment) in segments.iter().take(chain.segments_count).enumerate() {
+        let segments = self.batch.segments_mut(chain.segments_at, chain.segments_count);
+        for (at, segment) in segments.iter().enumerate() {
             let len = u64::from(segment.len_bytes());
             push_run(&mut runs, to_guest(segment), len, at >= chain.readable_count);
         }

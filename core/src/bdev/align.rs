@@ -223,9 +223,11 @@ impl<C: Channel> AlignChannel<C> {
                     _ => Some(Step::Buffer),
                 },
                 Step::Buffer if piece.through => Some(Step::IssueWrite),
+                Step::Buffer if io.fair.credit_bytes() == 0 => None,
                 Step::Buffer => match io.bounce.take(self.bounces_held) {
                     None => None,
                     Some(bounce) => {
+                        io.fair.spend(piece.len_bytes);
                         self.bounces_held += 1;
                         let reads = op == IoOp::Read || piece.modifies;
                         job.bounce = Some(bounce);

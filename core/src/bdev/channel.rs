@@ -4,7 +4,7 @@
 //! Flow: `room` is a hint; `submit` takes a prefix of the batch and leaves the rest to be offered again; `poll` hands
 //! back each taken request exactly once. Owner: one reactor.
 //! **Invariant:** a request is completed only when nobody can touch its memory any more; a channel copies what it needs
-//! of a batch before `submit` returns; a channel that has nothing in flight takes at least one request.
+//! of a batch before `submit` returns; a channel that has nothing in flight and may move bytes takes at least one request.
 //!
 //! worker: room → submit(batch) → poll(completions)
 
@@ -20,6 +20,9 @@ use crate::status::IoStatus;
 pub struct Room {
     /// Requests.
     pub requests: usize,
+    /// Bytes of their data: for a channel that moves data on this core, what it may move in this poll (0: nothing before
+    /// the next one); `u64::MAX` for others.
+    pub bytes: u64,
     /// Not before this time (a throttle's hint), nanoseconds of the reactor's clock; 0: now.
     pub not_before_ns: u64,
 }
@@ -118,7 +121,7 @@ impl InstantChannel {
 impl Channel for InstantChannel {
     #[inline]
     fn room(&self, _io: &IoCx) -> Room {
-        Room { requests: self.ready.room(), not_before_ns: 0 }
+        Room { requests: self.ready.room(), bytes: u64::MAX, not_before_ns: 0 }
     }
 
     #[inline]

@@ -93,11 +93,18 @@ impl Batch {
         true
     }
 
-    /// The segments from `mark` on.
+    /// The segment at `at`.
     #[inline]
     #[must_use]
-    pub fn segments_from(&mut self, mark: usize) -> &mut [Segment] {
-        &mut self.segments[mark..]
+    pub fn segment(&self, at: usize) -> Option<&Segment> {
+        self.segments.get(at)
+    }
+
+    /// The `count` segments from `at` on.
+    #[inline]
+    #[must_use]
+    pub fn segments_mut(&mut self, at: usize, count: usize) -> &mut [Segment] {
+        &mut self.segments[at..at + count]
     }
 
     /// Drops the segments from `mark` on.

@@ -54,6 +54,13 @@ impl IoOp {
     pub const fn has_data(self) -> bool {
         matches!(self, IoOp::Read | IoOp::Write)
     }
+
+    /// The data of a request of this length.
+    #[inline]
+    #[must_use]
+    pub const fn data_bytes(self, len_bytes: u64) -> u64 {
+        if self.has_data() { len_bytes } else { 0 }
+    }
 }
 
 /// Modifiers of a request.

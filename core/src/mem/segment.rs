@@ -112,6 +112,24 @@ impl Segment {
     pub fn prefetch(&self) {
         prefetch(self.host);
     }
+
+    /// Asks the processor to fetch the first cache line and to take it away from others, as it will be written.
+    #[inline]
+    pub fn prefetch_for_write(&self) {
+        prefetch_for_write(self.host);
+    }
+
+    /// The first `N` bytes; `None` when the segment is shorter. Unlike [`Segment::read_into`], no call.
+    #[inline]
+    #[must_use]
+    pub fn front<const N: usize>(&self) -> Option<[u8; N]> {
+        if index(self.len_bytes) < N {
+            return None;
+        }
+        // SAFETY: `N` bytes from `host` on lie inside a live mapping (type invariant and the check above); a byte array
+        // has no alignment and no invalid values. Volatile: others may write there meanwhile.
+        Some(unsafe { (self.host.0 as *const [u8; N]).read_volatile() })
+    }
 }
 
 // `as_iovecs` relies on these: address first, then a length whose upper half is the region.
@@ -140,6 +158,20 @@ pub(super) fn prefetch(addr: HostAddr) {
     // SAFETY: PREFETCHT0 is architecturally a hint and does not fault on any address.
     unsafe {
         core::arch::x86_64::_mm_prefetch::<{ core::arch::x86_64::_MM_HINT_T0 }>(
+            addr.0 as *const i8,
+        );
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = addr;
+}
+
+/// Asks the processor to fetch the cache line at `addr` for writing; never faults.
+#[inline]
+pub(super) fn prefetch_for_write(addr: HostAddr) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: PREFETCHW is a hint and does not fault on any address; processors without it do nothing.
+    unsafe {
+        core::arch::x86_64::_mm_prefetch::<{ core::arch::x86_64::_MM_HINT_ET0 }>(
             addr.0 as *const i8,
         );
     }

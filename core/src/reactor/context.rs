@@ -6,7 +6,7 @@
 use crate::io::{Batch, Completions};
 use crate::mem::{BouncePool, MappingError, SegmentLists};
 
-use super::{Clock, Entropy, Ring};
+use super::{Clock, Entropy, Fair, Ring};
 
 /// The part that channels use.
 #[derive(Debug)]
@@ -21,6 +21,8 @@ pub struct IoCx {
     pub bounce: BouncePool,
     /// Memory for the segment lists of requests in flight.
     pub lists: SegmentLists,
+    /// How much the queue being polled may move.
+    pub fair: Fair,
 }
 
 /// The whole context.
@@ -62,6 +64,7 @@ impl ReactorCx {
                 ring,
                 bounce: BouncePool::new()?,
                 lists: SegmentLists::default(),
+                fair: Fair::default(),
             },
             pass_ns,
             batch: Batch::new(),

@@ -2,6 +2,8 @@
 
 mod clock;
 mod context;
+mod fair;
+mod hand_over;
 mod handle;
 mod parking;
 mod pass;
@@ -12,6 +14,8 @@ mod sleep;
 
 pub use clock::{Clock, Entropy, ns_to_ticks, tick_rate, ticks_now};
 pub use context::{IoCx, ReactorCx};
+pub use fair::{Fair, Share};
+pub use hand_over::HandOver;
 pub use handle::{
     IdlePolicy, Message, ReactorConfig, ReactorError, ReactorHandle, ReactorStats, spawn,
 };

@@ -31,6 +31,24 @@ impl Reactor {
         Entry { id, poller, counters, patience: Patience::new(self.cx.pass_ns) }
     }
 
+    #[cold]
+    pub(super) fn admit(
+        &mut self,
+        id: PollerId,
+        poller: Box<dyn Poller>,
+        counters: Arc<PollerCounters>,
+        period_ns: u64,
+    ) {
+        let entry = self.take_in(id, poller, counters);
+        if period_ns == 0 {
+            self.pollers.push(entry);
+            self.parking.reserve(self.pollers.len());
+        } else {
+            let due_ns = self.cx.pass_ns + period_ns;
+            self.timed.push(Timed { entry, period_ns, due_ns });
+        }
+    }
+
     /// Where a poller of every pass is; one that is parked comes back first, as a message may give it work.
     #[cold]
     fn position(&mut self, id: PollerId) -> Option<usize> {
@@ -96,16 +114,8 @@ impl ReactorHandle {
         let info =
             PollerInfo { id, name: name.to_owned(), period_ns, counters: Arc::clone(&counters) };
         self.list_poller(info);
-        let sent = self.send(Box::new(move |reactor| {
-            let entry = reactor.take_in(id, poller, counters);
-            if period_ns == 0 {
-                reactor.pollers.push(entry);
-                reactor.parking.reserve(reactor.pollers.len());
-            } else {
-                let due_ns = reactor.cx.pass_ns + period_ns;
-                reactor.timed.push(Timed { entry, period_ns, due_ns });
-            }
-        }));
+        let sent =
+            self.send(Box::new(move |reactor| reactor.admit(id, poller, counters, period_ns)));
         if sent.is_err() {
             self.unlist_poller(id);
         }

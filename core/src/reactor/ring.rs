@@ -17,7 +17,8 @@ use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use thiserror::Error;
 
 use crate::limits::{
-    CORES_MAX, RING_CLIENTS_MAX, RING_CQ_ENTRIES, RING_FILES_MAX, RING_SQ_ENTRIES,
+    CORES_MAX, RING_CLIENTS_MAX, RING_CQ_ENTRIES, RING_ENTRIES_GUARANTEED, RING_ENTRIES_RESERVED,
+    RING_FILES_MAX, RING_SQ_ENTRIES,
 };
 use crate::units::{bytes_u64, index};
 
@@ -307,6 +308,16 @@ impl Ring {
         RING_CQ_ENTRIES - self.outstanding.min(RING_CQ_ENTRIES)
     }
 
+    /// Operations that this client may still start: a part of the ring is kept for those who have next to none in flight.
+    #[inline]
+    #[must_use]
+    pub fn room_for(&self, client: ClientId) -> u32 {
+        let held = self.inboxes[usize::from(client.0)].outstanding;
+        let guaranteed = RING_ENTRIES_GUARANTEED.saturating_sub(held);
+        let room = self.room();
+        room.saturating_sub(RING_ENTRIES_RESERVED).max(guaranteed.min(room))
+    }
+
     /// Operations in flight over all clients.
     #[inline]
     #[must_use]
@@ -556,6 +567,26 @@ mod tests {
         assert_eq!(ring.outstanding(), 0);
         assert!(ring.next_event(second).is_none());
         assert_eq!(ring.add_client(1).unwrap(), first);
+    }
+
+    #[test]
+    fn a_client_with_nothing_in_flight_always_finds_room() {
+        let mut ring = ring();
+        let (hog, small) = (ring.add_client(1).unwrap(), ring.add_client(1).unwrap());
+        // In place of thousands of operations: their count.
+        ring.inboxes[usize::from(hog.0)].outstanding = RING_CQ_ENTRIES - RING_ENTRIES_RESERVED;
+        ring.outstanding = RING_CQ_ENTRIES - RING_ENTRIES_RESERVED;
+        assert_eq!(ring.room_for(hog), 0);
+        assert_eq!(ring.room_for(small), RING_ENTRIES_GUARANTEED);
+        ring.inboxes[usize::from(small.0)].outstanding = RING_ENTRIES_GUARANTEED;
+        ring.outstanding += RING_ENTRIES_GUARANTEED;
+        assert_eq!((ring.room_for(small), ring.room_for(hog)), (0, 0));
+        ring.outstanding = RING_CQ_ENTRIES;
+        ring.inboxes[usize::from(small.0)].outstanding = 0;
+        assert_eq!(ring.room_for(small), 0, "what is not there cannot be given");
+        ring.inboxes[usize::from(hog.0)].outstanding = 0;
+        ring.outstanding = 0;
+        assert_eq!(ring.room_for(hog), RING_CQ_ENTRIES - RING_ENTRIES_RESERVED);
     }
 
     #[test]

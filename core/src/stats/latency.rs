@@ -1,5 +1,5 @@
 //! HOT PATH
-//! A log-linear latency table of at most 5 KiB: one increment per recorded value.
+//! A log-linear latency table of at most 5 KiB: one addition per recorded value, or per group of equal ones.
 //!
 //! Flow: a reactor records nanoseconds; control threads take snapshots and turn them into HDR histograms.
 //! Owner: one writer (plain load + store, no read-modify-write), any number of readers.
@@ -77,14 +77,20 @@ impl LatencyTable {
     /// Records one duration.
     #[inline]
     pub fn record(&self, value_ns: u64) {
+        self.record_many(value_ns, 1);
+    }
+
+    /// Records the same duration `times` times.
+    #[inline]
+    pub fn record_many(&self, value_ns: u64, times: u32) {
         let bucket = bucket_of(value_ns);
-        let count = self.counts[bucket].load(Ordering::Relaxed).wrapping_add(1);
+        let (count, full) = self.counts[bucket].load(Ordering::Relaxed).overflowing_add(times);
         self.counts[bucket].store(count, Ordering::Relaxed);
-        if count == 0 {
+        if full {
             self.carry(bucket);
         }
-        bump(&self.count, 1);
-        bump(&self.sum_ns, value_ns);
+        bump(&self.count, u64::from(times));
+        bump(&self.sum_ns, value_ns.wrapping_mul(u64::from(times)));
         if value_ns > self.max_ns.load(Ordering::Relaxed) {
             self.max_ns.store(value_ns, Ordering::Relaxed);
         }
@@ -259,6 +265,18 @@ mod tests {
         let diff = table.snapshot().since(&base);
         assert_eq!((diff.count(), diff.sum_ns()), (1, 1000));
         assert!(diff.min_ns() <= 1000 && diff.max_ns() >= 1000);
+    }
+
+    #[test]
+    fn a_group_counts_like_its_members_and_carries() {
+        let (one_by_one, grouped) = (LatencyTable::default(), LatencyTable::default());
+        for (value_ns, times) in [(100, 3), (7, 1), (1 << 40, 2), (100, 5)] {
+            (0..times).for_each(|_| one_by_one.record(value_ns));
+            grouped.record_many(value_ns, times);
+        }
+        assert_eq!(one_by_one.snapshot(), grouped.snapshot());
+        grouped.record_many(100, u32::MAX);
+        assert_eq!(grouped.snapshot().count(), 11 + u64::from(u32::MAX));
     }
 
     proptest! {

@@ -72,14 +72,14 @@ fn bump(cell: &AtomicU64, by: u64) {
 }
 
 impl OpStats {
-    /// Counts one finished request.
+    /// Counts finished requests of `bytes` together, all well or all failed.
     #[inline]
-    pub fn count(&self, bytes: u64, ok: bool) {
-        bump(&self.ops_count, 1);
+    pub fn count(&self, requests_count: u32, bytes: u64, ok: bool) {
+        bump(&self.ops_count, u64::from(requests_count));
         if ok {
             bump(&self.bytes, bytes);
         } else {
-            bump(&self.errors_count, 1);
+            bump(&self.errors_count, u64::from(requests_count));
         }
     }
 

@@ -2,7 +2,8 @@
 //! The RAM disk's channel.
 //!
 //! Owner: one reactor. **Invariant:** neither `submit` nor `poll` moves more than a bounded number of bytes per request: a
-//! longer one is a job that goes on piece by piece, poll by poll; only holes of many pages wait for the kernel.
+//! longer one, and one beyond the credit of its queue, is a job that goes on piece by piece, poll by poll; only holes of
+//! many pages wait for the kernel.
 //!
 //! submit: copy | clear | start a job or a hole → ready; poll: a piece of the first job, holes that are done → completions
 
@@ -12,7 +13,7 @@ use std::sync::Arc;
 use ringmill_core::IoStatus;
 use ringmill_core::bdev::{BdevError, Channel, ReadyQueue, Room};
 use ringmill_core::io::{BatchView, Completion, Completions, IoOp, IoRequest, Tag};
-use ringmill_core::limits::QUEUE_INFLIGHT_MAX;
+use ringmill_core::limits::{FAIR_ALONE_BYTES, QUEUE_INFLIGHT_MAX};
 use ringmill_core::mem::{ListsHeld, Segment, SegmentList, pieces};
 use ringmill_core::reactor::{IoCx, Ring};
 use ringmill_core::units::bytes_u64;
@@ -28,9 +29,6 @@ const SMALL_PAGE_BYTES: u64 = 4096;
 
 /// Holes in the making per channel; more wait on their virtqueue.
 pub(super) const PUNCHES_MAX: usize = 64;
-
-/// Bytes that are copied in one go: some 100 µs. A longer request is a job.
-const COPY_BYTES_MAX: u64 = 1 << 20;
 
 /// Jobs per channel; more wait on their virtqueue.
 const JOBS_MAX: usize = 16;
@@ -100,12 +98,21 @@ impl MallocChannel {
         true
     }
 
-    /// Does the next piece of the first job.
+    /// Does the next pieces of the first jobs, as far as the credit goes.
     #[cold]
     #[inline(never)]
     fn work(&mut self, io: &mut IoCx) {
-        let Some(job) = self.jobs.front_mut() else { return };
-        let piece_bytes = COPY_BYTES_MAX.min(job.request.len_bytes - job.done_bytes);
+        let mut left_bytes = io.fair.credit_bytes().min(FAIR_ALONE_BYTES);
+        while left_bytes > 0 && !self.jobs.is_empty() {
+            left_bytes -= self.work_once(io, left_bytes);
+        }
+    }
+
+    /// Does a piece of the first job of at most `bytes_max`; its length.
+    fn work_once(&mut self, io: &mut IoCx, bytes_max: u64) -> u64 {
+        let Some(job) = self.jobs.front_mut() else { return bytes_max };
+        let piece_bytes = bytes_max.min(job.request.len_bytes - job.done_bytes);
+        io.fair.spend(piece_bytes);
         let mut at_bytes = job.request.offset_bytes + job.done_bytes;
         let mut status = IoStatus::Ok;
         if job.request.op.has_data() {
@@ -121,12 +128,13 @@ impl MallocChannel {
         }
         job.done_bytes += piece_bytes;
         if job.done_bytes < job.request.len_bytes && status.is_ok() {
-            return;
+            return piece_bytes;
         }
         if let Some(job) = self.jobs.pop_front() {
             io.lists.give_back(job.segments, &mut self.lists_held);
             self.ready.push(Completion { tag: job.request.tag, status });
         }
+        piece_bytes
     }
 
     /// Clears a range; true when the request has been completed or is on its way.
@@ -137,8 +145,8 @@ impl MallocChannel {
         let page = u64::from(self.memory.page_bytes());
         let hole_start = start.next_multiple_of(page);
         let hole_end = (start + len) / page * page;
-        if len <= CLEAR_BYTES_MAX {
-            return self.clear_by_hand(request);
+        if len <= CLEAR_BYTES_MAX.min(io.fair.credit_bytes()) {
+            return self.clear_by_hand(io, request);
         }
         // A hole in huge pages would give their reservation away: to be short of one later is fatal.
         let holes = page == SMALL_PAGE_BYTES && hole_end > hole_start;
@@ -160,7 +168,8 @@ impl MallocChannel {
         true
     }
 
-    fn clear_by_hand(&mut self, request: &IoRequest) -> bool {
+    fn clear_by_hand(&mut self, io: &mut IoCx, request: &IoRequest) -> bool {
+        io.fair.spend(request.len_bytes);
         self.memory.zero(request.offset_bytes, request.len_bytes);
         self.ready.push(Completion { tag: request.tag, status: IoStatus::Ok });
         true
@@ -185,6 +194,12 @@ impl MallocChannel {
     }
 }
 
+/// What is copied while its request is taken; a longer request is a job.
+#[inline]
+fn at_once_bytes(io: &IoCx) -> u64 {
+    io.fair.credit_bytes().min(FAIR_ALONE_BYTES)
+}
+
 /// Copies between one segment and the disk from `at_bytes` on.
 #[inline]
 fn copy(memory: &DiskMemory, mut at_bytes: u64, segment: Segment, writes: bool) -> IoStatus {
@@ -202,8 +217,15 @@ fn copy(memory: &DiskMemory, mut at_bytes: u64, segment: Segment, writes: bool) 
 
 impl Channel for MallocChannel {
     #[inline]
-    fn room(&self, _io: &IoCx) -> Room {
-        Room { requests: self.ready.room().saturating_sub(self.jobs.len()), not_before_ns: 0 }
+    fn room(&self, io: &IoCx) -> Room {
+        let credit_bytes = io.fair.credit_bytes();
+        let (requests, bytes) = match self.jobs.len() {
+            0 => (self.ready.room(), credit_bytes),
+            // Half of the credit is the jobs'.
+            JOBS_MAX => (0, credit_bytes),
+            count => (self.ready.room().saturating_sub(count), credit_bytes / 2),
+        };
+        Room { requests, bytes, not_before_ns: 0 }
     }
 
     fn submit(&mut self, io: &mut IoCx, batch: BatchView<'_>) -> usize {
@@ -212,13 +234,16 @@ impl Channel for MallocChannel {
                 return at;
             }
             let status = match request.op {
-                IoOp::Read | IoOp::Write if request.len_bytes > COPY_BYTES_MAX => {
+                IoOp::Read | IoOp::Write if request.len_bytes > at_once_bytes(io) => {
                     if !self.start_job(io, request, batch.segments(request)) {
                         return at;
                     }
                     continue;
                 }
-                IoOp::Read | IoOp::Write => self.copy(request, batch.segments(request)),
+                IoOp::Read | IoOp::Write => {
+                    io.fair.spend(request.len_bytes);
+                    self.copy(request, batch.segments(request))
+                }
                 IoOp::Flush => IoStatus::Ok,
                 IoOp::Discard | IoOp::WriteZeroes => {
                     if !self.clear(io, request) {

@@ -82,7 +82,7 @@ impl UringChannel {
     pub(super) fn launch(&mut self, io: &mut IoCx, flight: Tag) -> bool {
         let Some(work) = self.flights.state(flight) else { return true };
         let Some(ring) = &mut io.ring else { return false };
-        let (at_bytes, left_bytes) = (work.at_bytes(), work.left_bytes());
+        let (at_bytes, mut left_bytes) = (work.at_bytes(), work.left_bytes());
         let direction = match (work.stage, work.op) {
             (Stage::Transfer, IoOp::Read) => Direction::Read,
             (Stage::Transfer, IoOp::Write) if work.flags.contains(IoFlags::FUA) => {
@@ -92,10 +92,19 @@ impl UringChannel {
             (Stage::Sync, _) => return self.flights.start(ring, flight, Plain::DataSync),
             _ => return self.launch_range(io, flight),
         };
+        if io.fair.credit_bytes() == 0 {
+            return false;
+        }
+        // The kernel may copy the piece inside the reactor's own system call. Stable writes are not cut shorter: each
+        // piece would wait for the medium.
+        if direction != Direction::Write(libc::RWF_DSYNC) {
+            left_bytes = left_bytes.min(io.fair.piece_bytes());
+        }
         let piece = self.flights.transfer(ring, flight, direction, at_bytes, left_bytes);
         let (Some(piece_bytes), Some(work)) = (piece, self.flights.state(flight)) else {
             return false;
         };
+        io.fair.spend(piece_bytes);
         work.piece_bytes = piece_bytes;
         true
     }
@@ -156,6 +165,9 @@ impl UringChannel {
     fn poll_waiting(&mut self, io: &mut IoCx) {
         let now_ns = io.clock.now_ns();
         for _ in 0..self.waiting.len() {
+            if io.fair.credit_bytes() == 0 {
+                return;
+            }
             let Some((flight, not_before_ns)) = self.waiting.pop_front() else { return };
             if not_before_ns > now_ns || !self.launch(io, flight) {
                 self.waiting.push_back((flight, not_before_ns));
@@ -184,9 +196,12 @@ impl UringChannel {
 impl Channel for UringChannel {
     #[inline]
     fn room(&self, io: &IoCx) -> Room {
-        let ring_room = io.ring.as_ref().map_or(0, Ring::room);
+        let ring_room = io.ring.as_ref().map_or(0, |ring| self.flights.entries_room(ring));
         let requests = self.flights.room().min(ringmill_core::units::index(ring_room));
-        Room { requests, not_before_ns: 0 }
+        let credit_bytes = io.fair.credit_bytes();
+        // Half of the credit is for those that wait for their next piece.
+        let bytes = if self.waiting.is_empty() { credit_bytes } else { credit_bytes / 2 };
+        Room { requests, bytes, not_before_ns: 0 }
     }
 
     fn submit(&mut self, io: &mut IoCx, batch: BatchView<'_>) -> usize {

@@ -81,7 +81,11 @@ impl UringChannel {
     ) -> bool {
         let Some(work) = self.flights.state(flight) else { return true };
         work.stage = Stage::ZeroWrite;
-        let Some(segment) = zeroes(len_bytes.min(bytes_u64(ZEROES_BYTES))) else {
+        if io.fair.credit_bytes() == 0 {
+            return false;
+        }
+        let piece_bytes = len_bytes.min(bytes_u64(ZEROES_BYTES)).min(io.fair.piece_bytes());
+        let Some(segment) = zeroes(piece_bytes) else {
             self.answer(flight, -libc::ENOMEM);
             return true;
         };
@@ -92,9 +96,10 @@ impl UringChannel {
         };
         let old = self.flights.exchange(flight, list);
         io.lists.give_back(old, &mut self.lists_held);
-        let piece_bytes = u64::from(segment.len_bytes());
         let write = Direction::Write(0);
-        self.flights.transfer(ring, flight, write, offset_bytes, piece_bytes).is_some()
+        let sent = self.flights.transfer(ring, flight, write, offset_bytes, piece_bytes).is_some();
+        io.fair.spend(if sent { piece_bytes } else { 0 });
+        sent
     }
 
     fn ask_helper(&mut self, flight: Tag, offset_bytes: u64, len_bytes: u64) -> bool {

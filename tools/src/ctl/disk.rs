@@ -30,6 +30,19 @@ pub(super) enum DiskCommand {
         /// Name of the disk
         name: String,
     },
+    /// Let other cores serve a disk; its guest goes on meanwhile
+    #[command(after_help = "Examples:
+  ringmillctl disk move vm1 0x6                      its queues, over cores 1 and 2
+  ringmillctl disk move vm1 [3] --queue 0            only queue 0, to core 3")]
+    Move {
+        /// Name of the disk
+        name: String,
+        /// Cores of the daemon, as 0x3 or [0,1]
+        cores: String,
+        /// Only this queue [default: all]
+        #[arg(long)]
+        queue: Option<u16>,
+    },
     /// Tell a disk and its guest about a new size
     #[command(after_help = "Examples:
   truncate -s 20G /images/vm1.raw && ringmillctl disk resize vm1
@@ -87,6 +100,7 @@ pub(super) fn run(context: &mut Context<'_>, command: DiskCommand) -> Result<(),
         DiskCommand::Add(args) => add(context, &args),
         DiskCommand::List => list(context),
         DiskCommand::Remove { name } => remove(context, &name),
+        DiskCommand::Move { name, cores, queue } => move_to(context, &name, &cores, queue),
         DiskCommand::Resize { name, size } => resize(context, &name, size.as_deref()),
     }
 }
@@ -258,6 +272,33 @@ fn remove(context: &mut Context<'_>, name: &str) -> Result<(), CtlError> {
     };
     context.call(method, json!({ "name": name }))?;
     context.say(&json!({ "removed": name }), &format!("disk {name} is removed"))
+}
+
+fn move_to(
+    context: &mut Context<'_>,
+    name: &str,
+    cores: &str,
+    queue: Option<u16>,
+) -> Result<(), CtlError> {
+    find(context, name)?;
+    let controllers = context.call("vhost_get_controllers", Value::Null)?;
+    let names: Vec<&str> =
+        controllers_of(&controllers, name).map(|c| text_of(c, "ctrlr")).collect();
+    if names.is_empty() {
+        return Err(CtlError::Usage(format!(
+            "disk \"{name}\" has no socket, so no queues to move"
+        )));
+    }
+    for ctrlr in names {
+        let mut params = json!({ "ctrlr": ctrlr, "cpumask": cores });
+        if let Some(queue) = queue {
+            params["queue"] = queue.into();
+        }
+        context.call("vhost_controller_set_cpumask", params)?;
+    }
+    let what = queue.map_or_else(|| "is".to_owned(), |queue| format!("has its queue {queue}"));
+    let line = format!("disk {name} {what} on cores {cores} now");
+    context.say(&json!({ "bdev": name, "cores": cores, "queue": queue }), &line)
 }
 
 fn resize(context: &mut Context<'_>, name: &str, size_text: Option<&str>) -> Result<(), CtlError> {

@@ -36,6 +36,8 @@ use crate::rpc::engine::{
 const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 /// A deletion is answered after this long even if requests are still in flight.
 const DELETE_ANSWER_MAX: Duration = Duration::from_secs(5);
+/// A move is answered after this long even if requests are still in flight.
+const MOVE_ANSWER_MAX: Duration = Duration::from_secs(10);
 /// Queues on offer when the configuration does not say.
 const QUEUES_DEFAULT: u16 = 64;
 
@@ -57,6 +59,13 @@ pub(super) struct Disk {
     pub(super) kind: BdevKind,
     null: Option<Arc<NullBdev>>,
     pub(super) image: Option<ImageInfo>,
+}
+
+/// Queues on their way to other cores.
+struct Move {
+    controller: String,
+    token: Token,
+    deadline: Instant,
 }
 
 struct Deletion {
@@ -82,6 +91,8 @@ pub struct DaemonEngine {
     opening: Vec<String>,
     deletions: HashMap<String, Deletion>,
     bdev_deletions: Vec<(String, Token)>,
+    moves: HashMap<u64, Move>,
+    next_move: u64,
     former: HashMap<String, DiskFigures>,
     io_baselines: IoBaselines,
     histograms: HashMap<String, (Option<IoOp>, DiskFigures)>,
@@ -165,6 +176,8 @@ impl DaemonEngine {
             opening: Vec::new(),
             deletions: HashMap::new(),
             bdev_deletions: Vec::new(),
+            moves: HashMap::new(),
+            next_move: 1,
             former: HashMap::new(),
             io_baselines: IoBaselines::default(),
             histograms: HashMap::new(),
@@ -206,8 +219,9 @@ impl DaemonEngine {
         }
     }
 
-    /// Notices controllers and bdevs that are gone, and deletions that have waited long enough.
+    /// Notices moves that are over, controllers and bdevs that are gone, and what has waited long enough.
     pub fn settle(&mut self, now: Instant) {
+        self.settle_moves(now);
         let mut at = 0;
         while at < self.controllers.len() {
             if self.controllers[at].state() != ControllerState::Deleted {
@@ -248,10 +262,34 @@ impl DaemonEngine {
         });
     }
 
+    fn settle_moves(&mut self, now: Instant) {
+        for (ticket, result) in self.controllers.iter_mut().flat_map(Controller::take_moved) {
+            if let Some(one) = self.moves.remove(&ticket) {
+                let result = result.map_err(|problem| failed(libc::EBUSY, problem));
+                self.finished.push((one.token, result));
+            }
+        }
+        let finished = &mut self.finished;
+        self.moves.retain(|_, one| {
+            if now < one.deadline {
+                return true;
+            }
+            let text = format!(
+                "controller {:?}: requests in flight have not come back yet; the move goes on",
+                one.controller
+            );
+            tracing::warn!("{text}");
+            finished.push((one.token, Err(failed(libc::ETIMEDOUT, text))));
+            false
+        });
+    }
+
     /// When `settle` has something to notice by itself.
     #[must_use]
     pub fn timeout(&self, now: Instant) -> Option<Duration> {
-        self.deletions.values().map(|d| d.deadline.saturating_duration_since(now)).min()
+        let deletions = self.deletions.values().map(|d| d.deadline);
+        let moves = self.moves.values().map(|m| m.deadline);
+        deletions.chain(moves).map(|deadline| deadline.saturating_duration_since(now)).min()
     }
 
     /// Begins to shut down: every controller lets its guests go.
@@ -619,6 +657,24 @@ impl Engine for DaemonEngine {
         controller.begin_delete();
         let deadline = Instant::now() + DELETE_ANSWER_MAX;
         self.deletions.insert(name.to_owned(), Deletion { token, deadline });
+        Ok(Progress::Later)
+    }
+
+    fn place_controller(
+        &mut self,
+        name: &str,
+        cores: &[u32],
+        queue: Option<u16>,
+        token: Token,
+    ) -> Started {
+        let reactors = views::choose_reactors(&self.reactors, Some(cores))?;
+        let found = self.controllers.iter_mut().find(|c| c.spec().name == name);
+        let controller = found.ok_or_else(|| EngineError::NoController(name.to_owned()))?;
+        let ticket = self.next_move;
+        controller.place(ticket, reactors, queue).map_err(controller_error)?;
+        self.next_move += 1;
+        let deadline = Instant::now() + MOVE_ANSWER_MAX;
+        self.moves.insert(ticket, Move { controller: name.to_owned(), token, deadline });
         Ok(Progress::Later)
     }
 

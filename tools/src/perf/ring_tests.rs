@@ -97,7 +97,7 @@ fn the_daemons_queue_understands_split_rings() {
                 };
                 assert_eq!((chain.readable_bytes, chain.writable_bytes), (readable, writable));
                 let mut header = [0u8; 16];
-                batch.segments_from(0)[0].read_into(&mut header);
+                batch.segments_mut(0, 1)[0].read_into(&mut header);
                 let kind = [0, 1, 4][*op as usize];
                 assert_eq!(u32::from_le_bytes(header[..4].try_into().unwrap()), kind);
                 let sector = u64::from_le_bytes(header[8..].try_into().unwrap());

@@ -557,6 +557,14 @@ pub trait Engine {
     fn create_controller(&mut self, spec: ControllerSpec, token: Token) -> Started;
     /// Deletes a controller, also with a guest connected; quiesces first, and ends after 5 s at the latest.
     fn delete_controller(&mut self, name: &str, token: Token) -> Started;
+    /// Lets these cores serve a controller, or only its queue `queue`; ends when its queues are there.
+    fn place_controller(
+        &mut self,
+        name: &str,
+        cores: &[u32],
+        queue: Option<u16>,
+        token: Token,
+    ) -> Started;
     /// Interrupt coalescing.
     fn set_coalescing(
         &mut self,

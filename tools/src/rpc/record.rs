@@ -25,8 +25,17 @@ pub struct Entry {
 /// How a successful operation changes the record.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Change {
-    /// Adds a call, in place of an earlier one of the same method on the same object.
+    /// Adds a call, in place of an earlier one of the same method on the same object (and the same queue of it).
     Put(Entry),
+    /// Forgets the calls of one method on an object.
+    Forget {
+        /// Subsystem.
+        subsystem: &'static str,
+        /// Object.
+        object: String,
+        /// Method.
+        method: &'static str,
+    },
     /// Forgets everything about an object.
     Remove {
         /// Subsystem.
@@ -58,15 +67,20 @@ impl Record {
     pub fn apply(&mut self, change: Change) {
         match change {
             Change::Put(entry) => {
-                let earlier = self
-                    .entries
-                    .iter_mut()
-                    .find(|e| e.method == entry.method && e.object == entry.object);
+                let queue = |e: &Entry| e.params.get("queue").cloned();
+                let earlier = self.entries.iter_mut().find(|e| {
+                    e.method == entry.method
+                        && e.object == entry.object
+                        && queue(e) == queue(&entry)
+                });
                 match earlier {
                     Some(earlier) => *earlier = entry,
                     None => self.entries.push(entry),
                 }
             }
+            Change::Forget { subsystem, object, method } => self
+                .entries
+                .retain(|e| e.subsystem != subsystem || e.object != object || e.method != method),
             Change::Remove { subsystem, object } => self.remove(subsystem, &object),
             Change::Set { subsystem, object, name, value } => {
                 let of_object = self
@@ -128,6 +142,23 @@ mod tests {
         record.apply(put("vhost_blk", "va", "coalesce", json!({"us": 1})));
         record.apply(put("vhost_blk", "va", "coalesce", json!({"us": 2})));
         record.apply(put("vhost_blk", "vb", "show", json!({"dev_name": "b"})));
+        // Calls about different queues stand beside each other and beside the one about all, until they are forgotten.
+        for (queue, mask) in [(json!(null), 1), (json!(0), 2), (json!(1), 3), (json!(0), 4)] {
+            let params = match queue {
+                Value::Null => json!({"mask": mask}),
+                queue => json!({"mask": mask, "queue": queue}),
+            };
+            record.apply(put("vhost_blk", "vb", "place", params));
+        }
+        let places = |record: &Record| -> Vec<u64> {
+            let entries = record.subsystem("vhost_blk");
+            let entries = entries.as_array().unwrap().iter().filter(|e| e["method"] == "place");
+            entries.filter_map(|e| e["params"]["mask"].as_u64()).collect()
+        };
+        assert_eq!(places(&record), [1, 4, 3]);
+        let (subsystem, object) = ("vhost_blk", "vb".to_owned());
+        record.apply(Change::Forget { subsystem, object, method: "place" });
+        assert!(places(&record).is_empty());
         let set = |value: u64| Change::Set {
             subsystem: "bdev",
             object: "a".to_owned(),

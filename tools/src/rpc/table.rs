@@ -338,16 +338,30 @@ pub const METHODS: &[Method] = &[
         [CTRLR]
     ),
     method!(
+        "vhost_controller_set_cpumask",
+        "Moves a disk's queues, or one of them, to other cores while its guest goes on",
+        vhost::set_cpumask,
+        [
+            CTRLR,
+            Param::must("cpumask", Kind::Text, "cores that may serve it, as 0x3 or [0,1]"),
+            Param::may("queue", Kind::Number(QUEUES_MAX - 1), "all of them", "only this queue"),
+        ]
+    ),
+    method!(
         "vhost_controller_set_coalescing",
         "Holds back interrupts at high rates",
         vhost::set_coalescing,
         [
             CTRLR,
-            Param::must("delay_base_us", Kind::Number(U32), "longest delay"),
+            Param::must(
+                "delay_base_us",
+                Kind::Number(U32),
+                "delay at twice the threshold, two of it at three times, and so on up to 10 ms; 0: off"
+            ),
             Param::must(
                 "iops_threshold",
                 Kind::Number(U32),
-                "rate from which interrupts are held back"
+                "requests per second of one queue from which interrupts are held back"
             ),
         ]
     ),

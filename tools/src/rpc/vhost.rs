@@ -83,6 +83,27 @@ pub(super) fn delete(call: Call<'_>) -> Result<Reply, RpcError> {
     )
 }
 
+pub(super) fn set_cpumask(call: Call<'_>) -> Result<Reply, RpcError> {
+    let name = call.params.text_required("ctrlr").to_owned();
+    let cores = cpumask::parse(call.params.text_required("cpumask"))
+        .map_err(|reason| RpcError::params(format!("\"cpumask\": {reason}")))?;
+    let queue = call.params.number_as("queue");
+    let started = call.engine.place_controller(&name, &cores, queue, call.token);
+    let method = "vhost_controller_set_cpumask";
+    let entry = Entry {
+        subsystem: SUBSYSTEM,
+        object: name.clone(),
+        method,
+        params: call.params.clone().into_map(),
+    };
+    let mut changes = Vec::new();
+    if queue.is_none() {
+        changes.push(Change::Forget { subsystem: SUBSYSTEM, object: name, method });
+    }
+    changes.push(Change::Put(entry));
+    call.conclude(started, Value::Bool(true), changes)
+}
+
 pub(super) fn set_coalescing(call: Call<'_>) -> Result<Reply, RpcError> {
     let name = call.params.text_required("ctrlr").to_owned();
     let delay_base_us = call.params.number_as("delay_base_us").unwrap_or(0);

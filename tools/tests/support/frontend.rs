@@ -231,6 +231,16 @@ impl FrontEnd {
         self.enable(ring, true);
     }
 
+    /// Gives a running ring other descriptors for kicks and interrupts.
+    pub fn renew(&mut self, ring: &mut Ring) {
+        let event =
+            || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("an eventfd");
+        (ring.kick, ring.call) = (event(), event());
+        let index = words(&[u64::from(ring.index)]);
+        self.tell(SET_VRING_CALL, &index, &[ring.call.as_fd()]);
+        self.tell(SET_VRING_KICK, &index, &[ring.kick.as_fd()]);
+    }
+
     pub fn enable(&mut self, ring: &Ring, enabled: bool) {
         self.tell(SET_VRING_ENABLE, &state(ring.index, u32::from(enabled)), &[]);
     }
@@ -333,6 +343,18 @@ impl Ring {
 
     pub fn kick_always(&self) {
         let _ = rustix::io::write(&self.kick, &1_u64.to_ne_bytes());
+    }
+
+    /// Sleeps until the device interrupts; false when it has not by then.
+    pub fn wait_call(&self, limit: Duration) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let limit = Timespec {
+            tv_sec: i64::try_from(limit.as_secs()).unwrap(),
+            tv_nsec: i64::from(limit.subsec_nanos()),
+        };
+        let ready = poll(&mut [PollFd::new(&self.call, PollFlags::IN)], Some(&limit));
+        let mut count = [0; 8];
+        ready.is_ok_and(|n| n > 0) && rustix::io::read(&self.call, &mut count).is_ok()
     }
 
     /// What the device has used: slots and status bytes.

@@ -248,6 +248,27 @@ impl Engine for FakeEngine {
         self.progress(name, token)
     }
 
+    fn place_controller(
+        &mut self,
+        name: &str,
+        cores: &[u32],
+        queue: Option<u16>,
+        token: Token,
+    ) -> Started {
+        if let Some(core) = cores.iter().find(|core| **core > 1) {
+            return Err(EngineError::Refused(format!(
+                "core {core} is not one of the daemon's (0x3)"
+            )));
+        }
+        let controller = self.controller(name)?;
+        match queue {
+            None => controller.cores = cores.to_vec(),
+            Some(0) => controller.sessions[0].queues[0].core = cores.first().copied(),
+            Some(queue) => return Err(EngineError::Refused(format!("no queue {queue}"))),
+        }
+        self.progress(name, token)
+    }
+
     fn set_coalescing(
         &mut self,
         name: &str,

@@ -11,7 +11,7 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use ringmill_core::bdev::{Bdev, BdevEvent, Claim, Registry, RegistryError};
 use ringmill_core::limits::CONTROLLER_QUEUES_MAX;
@@ -22,6 +22,7 @@ use crate::vhost_user::{Peer, Session};
 
 use super::event::{Event, EventKind, EventSender};
 use super::frontend::{FrontEnd, Shared, Turn};
+use super::places::Places;
 use super::{BlkDevice, QueueStatus, WorkerEvent};
 
 /// Connections to one socket: the running one, a migration's destination, a few that are about to hang up.
@@ -70,6 +71,19 @@ pub enum ControllerError {
     /// A bad number of queues.
     #[error("{0} queues; a controller has 1 to {CONTROLLER_QUEUES_MAX}")]
     Queues(u16),
+    /// It is being deleted.
+    #[error("controller {0:?} is being deleted")]
+    Leaving(String),
+    /// It has fewer queues.
+    #[error("controller {name:?} has no queue {queue}; its queues are 0 to {last}")]
+    NoQueue {
+        /// The controller.
+        name: String,
+        /// The one asked for.
+        queue: u16,
+        /// The last one there is.
+        last: u16,
+    },
     /// No reactors to serve it.
     #[error("no reactor may serve this controller; give it a cpumask with cores of this daemon")]
     NoReactors,
@@ -183,6 +197,9 @@ pub struct Controller {
     state: ControllerState,
     losing_bdev: bool,
     accept_paused: bool,
+    /// Moves under way: their tickets, front-ends to go, and what went wrong first.
+    moves: Vec<(u64, usize, Option<String>)>,
+    moved: Vec<(u64, Result<(), String>)>,
 }
 
 impl std::fmt::Debug for Controller {
@@ -266,9 +283,8 @@ impl Controller {
         if spec.queues_max == 0 || spec.queues_max > CONTROLLER_QUEUES_MAX {
             return Err(ControllerError::Queues(spec.queues_max));
         }
-        if reactors.is_empty() {
-            return Err(ControllerError::NoReactors);
-        }
+        let places = Places::new(reactors, SPREAD.fetch_add(1, Ordering::Relaxed))
+            .ok_or(ControllerError::NoReactors)?;
         let sender = events.clone();
         let listener = Box::new(move |event| sender.send(number, EventKind::Bdev(event)));
         let (claim, bdev) = registry.claim(&spec.bdev, &spec.name, listener)?;
@@ -286,8 +302,7 @@ impl Controller {
             name: spec.name.clone(),
             device: Arc::new(BlkDevice::new(&bdev, serial, spec.read_only)),
             queues_max: spec.queues_max,
-            reactors,
-            reactor_offset: SPREAD.fetch_add(1, Ordering::Relaxed),
+            places: Mutex::new(places),
             statuses,
             events: events.clone(),
         });
@@ -303,6 +318,8 @@ impl Controller {
             state: ControllerState::Active,
             losing_bdev: false,
             accept_paused: false,
+            moves: Vec::new(),
+            moved: Vec::new(),
         })
     }
 
@@ -345,7 +362,7 @@ impl Controller {
     /// The cores that serve it.
     #[must_use]
     pub fn cores(&self) -> Vec<u32> {
-        self.shared.reactors.iter().filter_map(|r| r.core().map(|c| c.0)).collect()
+        self.shared.places().cores()
     }
 
     /// The figures of all queues that were ever started, with their numbers.
@@ -511,6 +528,16 @@ impl Controller {
                     connected.front.step(operation, index, base);
                 }
             }
+            EventKind::Taken { vid, operation, index, poller } => {
+                if let Some(connected) = self.sessions.get_mut(&vid) {
+                    connected.front.taken(operation, index, poller);
+                }
+            }
+            EventKind::Placed { vid, operation, index, refused } => {
+                if let Some(connected) = self.sessions.get_mut(&vid) {
+                    connected.front.placed(operation, index, refused);
+                }
+            }
             EventKind::Worker { vid, index, event: WorkerEvent::Broken(error) } => {
                 tracing::warn!(
                     controller = %self.spec.name, session = vid, queue = index,
@@ -572,6 +599,7 @@ impl Controller {
         self.accept_paused = false;
         for (&vid, connected) in &mut self.sessions {
             connected.front.ask_ages();
+            connected.front.recall_late();
             if connected.session.is_some() && connected.front.has_lost_memory() {
                 cut.push(vid);
             }
@@ -636,7 +664,11 @@ impl Controller {
             match connected.front.advance() {
                 Turn::Nothing => return,
                 Turn::BdevLost => {}
+                Turn::Moved(ticket, problem) => self.note_moved(ticket, problem),
                 Turn::Closed => {
+                    for ticket in connected.front.unfinished_moves() {
+                        self.note_moved(ticket, None);
+                    }
                     gone.push(vid);
                     return;
                 }
@@ -648,6 +680,63 @@ impl Controller {
                     }
                 }
             }
+        }
+    }
+
+    /// Lets one of `reactors` serve each queue, or only `queue`, from now on; queues that run move there without their
+    /// guest's noticing. [`Controller::take_moved`] tells when, by `ticket`.
+    ///
+    /// # Errors
+    /// No reactors, no such queue, or the controller is being deleted; nothing has changed then.
+    pub fn place(
+        &mut self,
+        ticket: u64,
+        reactors: Vec<ReactorHandle>,
+        queue: Option<u16>,
+    ) -> Result<(), ControllerError> {
+        let name = || self.spec.name.clone();
+        if self.state != ControllerState::Active {
+            return Err(ControllerError::Leaving(name()));
+        }
+        if let Some(queue) = queue.filter(|&queue| queue >= self.shared.queues_max) {
+            let last = self.shared.queues_max - 1;
+            return Err(ControllerError::NoQueue { name: name(), queue, last });
+        }
+        if reactors.is_empty() {
+            return Err(ControllerError::NoReactors);
+        }
+        match queue {
+            None => self.shared.places().set_common(reactors),
+            Some(queue) => self.shared.places().set_own(queue, reactors),
+        }
+        let mut waiting = 0;
+        for connected in self.sessions.values_mut().filter(|c| c.front.has_rings()) {
+            connected.front.relocate(ticket, queue);
+            waiting += 1;
+        }
+        if waiting == 0 {
+            self.moved.push((ticket, Ok(())));
+        } else {
+            self.moves.push((ticket, waiting, None));
+        }
+        self.settle();
+        Ok(())
+    }
+
+    /// The moves that are over, and what went wrong with them.
+    pub fn take_moved(&mut self) -> Vec<(u64, Result<(), String>)> {
+        std::mem::take(&mut self.moved)
+    }
+
+    /// A front-end has moved its queues as far as they could be.
+    fn note_moved(&mut self, ticket: u64, problem: Option<String>) {
+        let Some(at) = self.moves.iter().position(|(t, ..)| *t == ticket) else { return };
+        let (_, waiting, first) = &mut self.moves[at];
+        *waiting -= 1;
+        *first = first.take().or(problem);
+        if *waiting == 0 {
+            let (ticket, _, problem) = self.moves.remove(at);
+            self.moved.push((ticket, problem.map_or(Ok(()), Err)));
         }
     }
 

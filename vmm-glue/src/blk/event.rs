@@ -10,9 +10,10 @@ use std::sync::Arc;
 use std::sync::mpsc;
 
 use ringmill_core::bdev::BdevEvent;
+use ringmill_core::reactor::Poller;
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::WorkerEvent;
+use super::{PlaceError, WorkerEvent};
 
 /// Something for the control thread to drop, because dropping unmaps memory or closes files.
 pub(super) type Leftover = Box<dyn Send>;
@@ -31,6 +32,28 @@ pub(super) enum EventKind {
         base: Option<u32>,
         /// To be dropped here.
         leftover: Option<Leftover>,
+    },
+    /// A worker is off its reactor, on its way to another one.
+    Taken {
+        /// The session.
+        vid: u64,
+        /// The operation.
+        operation: u64,
+        /// The ring.
+        index: u16,
+        /// `None`: it was not there.
+        poller: Option<Box<dyn Poller>>,
+    },
+    /// A worker is on its new reactor, or that one cannot serve it.
+    Placed {
+        /// The session.
+        vid: u64,
+        /// The operation.
+        operation: u64,
+        /// The ring.
+        index: u16,
+        /// The worker, given back, and why.
+        refused: Option<(Option<Box<dyn Poller>>, PlaceError)>,
     },
     /// A queue worker has something to say.
     Worker {

@@ -69,7 +69,8 @@ pub(super) fn with_worker<T>(
     reactor.with_dyn_poller(id, |poller, cx| control(poller).map(|worker| f(worker, cx))).flatten()
 }
 
-fn control(poller: &mut dyn Poller) -> Option<&mut dyn WorkerControl> {
+/// The worker behind a poller.
+pub(super) fn control(poller: &mut dyn Poller) -> Option<&mut dyn WorkerControl> {
     let poller: &mut dyn Any = poller;
     if poller.is::<Worker<SplitQueue>>() {
         poller.downcast_mut::<Worker<SplitQueue>>().map(|worker| worker as _)

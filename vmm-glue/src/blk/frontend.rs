@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use ringmill_core::IoStatus;
 use ringmill_core::bdev::{Bdev, InstantChannel};
@@ -23,9 +23,14 @@ use crate::vhost_user::{
 
 use super::event::{EventKind, EventSender, Leftover};
 use super::format::{self, with_worker};
+use super::places::Places;
 use super::{
     BlkDevice, NoTracking, QueueStatus, WorkerControl, WorkerParts, config, device_features,
 };
+
+mod moving;
+
+use moving::{Move, Transit};
 
 /// What a controller lends to its front-ends.
 #[derive(Debug)]
@@ -34,9 +39,7 @@ pub(super) struct Shared {
     pub(super) name: String,
     pub(super) device: Arc<BlkDevice>,
     pub(super) queues_max: u16,
-    pub(super) reactors: Vec<ReactorHandle>,
-    /// Spreads the first queues of different disks over the reactors.
-    pub(super) reactor_offset: usize,
+    pub(super) places: Mutex<Places>,
     /// Of the queues that were ever started.
     pub(super) statuses: Vec<OnceLock<Arc<QueueStatus>>>,
     pub(super) events: EventSender,
@@ -57,8 +60,18 @@ impl Shared {
         Ok(())
     }
 
-    fn reactor_of(&self, index: u16) -> &ReactorHandle {
-        &self.reactors[(usize::from(index) + self.reactor_offset) % self.reactors.len()]
+    /// Only the control thread locks it, for moments.
+    pub(super) fn places(&self) -> MutexGuard<'_, Places> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn reactor_of(&self, index: u16) -> ReactorHandle {
+        self.places().of(index).clone()
+    }
+
+    /// A queue stays where it is, whatever the mask says.
+    fn stay(&self, index: u16, reactor: &ReactorHandle) {
+        self.places().set_own(index, vec![reactor.clone()]);
     }
 }
 
@@ -67,6 +80,8 @@ impl Shared {
 pub(super) struct RunningRing {
     start: RingStart,
     pub(super) poller: Option<(PollerId, ReactorHandle)>,
+    /// Its worker is between two reactors.
+    transit: Option<Transit>,
     pub(super) oldest_age_ns: Option<u64>,
     pub(super) stuck_count: u64,
 }
@@ -93,12 +108,16 @@ enum Kind {
     Close,
     /// The bdev is being removed.
     LoseBdev,
+    /// Queues go to other reactors.
+    Move(Move),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
     Quiesce,
     Apply,
+    /// Only of a move: what was taken goes to its new reactor.
+    Place,
 }
 
 struct Operation {
@@ -124,6 +143,8 @@ pub(super) enum Turn {
     Closed,
     /// Its rings have let go of the bdev.
     BdevLost,
+    /// The move of this ticket is over; what went wrong.
+    Moved(u64, Option<String>),
 }
 
 /// One front-end's device.
@@ -210,7 +231,7 @@ impl FrontEnd {
     /// Puts a started ring on its reactor.
     fn launch(&mut self, index: u16) {
         let Some(ring) = &self.rings[usize::from(index)] else { return };
-        if !self.active || ring.poller.is_some() {
+        if !self.active || ring.poller.is_some() || ring.transit.is_some() {
             return;
         }
         let Some(status) = self.shared.status(index) else { return };
@@ -243,10 +264,12 @@ impl FrontEnd {
             None => None,
         };
         let Some(worker) = format::worker(&start, windows, self.features, parts, seed) else {
-            tracing::error!(controller = %self.shared.name, "queue {index}: no ring of {} entries goes on at {:#x}", start.size, start.base);
+            tracing::error!(controller = %self.shared.name, "queue {index}: its packed ring of {} entries is not at {:#x}, where the front-end says: \
+                the server's predecessor did not stop cleanly; reset the device (reboot the guest)", start.size, start.base);
+            self.signal_error(index);
             return;
         };
-        let reactor = self.shared.reactor_of(index).clone();
+        let reactor = self.shared.reactor_of(index);
         let id = PollerId::next();
         let name = format!("{}:{index}", self.shared.name);
         if reactor.add_poller(id, &name, 0, worker) {
@@ -295,7 +318,12 @@ impl FrontEnd {
             }
             match self.current.take() {
                 None => {
-                    let Some(kind) = self.queued.pop_front() else { return Turn::Nothing };
+                    let Some(mut kind) = self.queued.pop_front() else {
+                        return Turn::Nothing;
+                    };
+                    if let Kind::Move(a_move) = &mut kind {
+                        self.prepare_move(a_move);
+                    }
                     self.operations_count += 1;
                     let phase = match kind {
                         Kind::AddMemory(_) | Kind::Enable(..) => Phase::Apply,
@@ -316,6 +344,14 @@ impl FrontEnd {
                     operation.phase = Phase::Apply;
                     self.current = Some(operation);
                     self.broadcast();
+                }
+                Some(mut operation)
+                    if operation.phase == Phase::Apply
+                        && matches!(operation.kind, Kind::Move(_)) =>
+                {
+                    operation.phase = Phase::Place;
+                    self.current = Some(operation);
+                    self.place_all();
                 }
                 Some(operation) => {
                     let turn = self.finish(operation);
@@ -339,6 +375,11 @@ impl FrontEnd {
         let quiesces = !matches!(operation.kind, Kind::AddMemory(_) | Kind::Enable(..));
         let mut messages = Vec::new();
         for index in (0..self.shared.queues_max).filter(|&i| only.is_none_or(|o| o == i)) {
+            if let Kind::Move(a_move) = &operation.kind
+                && !a_move.concerns(index)
+            {
+                continue;
+            }
             let ring = self.rings[usize::from(index)].as_ref();
             let on_reactor = ring.and_then(|r| Some((&r.start, r.poller.as_ref()?)));
             let Some((start, (id, reactor))) = on_reactor else { continue };
@@ -354,6 +395,9 @@ impl FrontEnd {
             }
         }
         self.unsent.extend(messages.into_iter().map(|(_, reactor, message)| (reactor, message)));
+        if phase == Phase::Apply {
+            self.mark_in_transit();
+        }
         self.send_unsent();
     }
 
@@ -428,9 +472,16 @@ impl FrontEnd {
                     step(None, old.flatten().map(|old| Box::new(old) as Leftover));
                 })
             }
-            (_, Some(Kind::Stop(_) | Kind::Reset | Kind::Close) | None) => {
+            (_, Some(Kind::Move(_))) => self.take_message(index, id, operation),
+            (_, kind @ (Some(Kind::Stop(_) | Kind::Reset | Kind::Close) | None)) => {
+                let is_farewell = matches!(kind, Some(Kind::Close));
                 Box::new(move |reactor: &mut Reactor| {
-                    let base = with_worker(reactor, id, |worker, _| worker.base());
+                    let base = with_worker(reactor, id, |worker, _| {
+                        if is_farewell {
+                            worker.leave();
+                        }
+                        worker.base()
+                    });
                     let poller = reactor.remove_poller(id);
                     step(base, poller.map(|p| Box::new(p) as Leftover));
                 })
@@ -484,6 +535,10 @@ impl FrontEnd {
                 self.lost_bdev = true;
                 Turn::BdevLost
             }
+            Kind::Move(a_move) => {
+                let (ticket, problem) = a_move.end();
+                Turn::Moved(ticket, problem)
+            }
         }
     }
 
@@ -493,11 +548,11 @@ impl FrontEnd {
         index: u16,
         f: impl FnOnce(&mut dyn WorkerControl, &mut ReactorCx) + Send + 'static,
     ) {
-        let Some((id, reactor)) =
-            self.rings[usize::from(index)].as_ref().and_then(|r| r.poller.as_ref())
-        else {
-            return;
-        };
+        let Some(ring) = &mut self.rings[usize::from(index)] else { return };
+        if let Some(transit) = &mut ring.transit {
+            return transit.do_late(f);
+        }
+        let Some((id, reactor)) = &ring.poller else { return };
         let id = *id;
         let message: Message = Box::new(move |reactor: &mut Reactor| {
             with_worker(reactor, id, f);
@@ -648,6 +703,7 @@ impl Backend for FrontEnd {
         self.rings[usize::from(index)] = Some(Box::new(RunningRing {
             start: ring,
             poller: None,
+            transit: None,
             oldest_age_ns: None,
             stuck_count: 0,
         }));

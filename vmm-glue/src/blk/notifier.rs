@@ -56,7 +56,8 @@ impl Notifier {
         }
     }
 
-    /// Joins the reactor's ring and watches for kicks.
+    /// Joins the reactor's ring and watches for kicks. Signals of an earlier ring have been seen off by `detach`: whoever
+    /// attaches sends one to be sure.
     ///
     /// # Errors
     /// The ring has no place.
@@ -65,6 +66,7 @@ impl Notifier {
         if let Some(ring) = &mut cx.io.ring {
             self.client = Some(ring.add_client(EVENTS_MAX)?);
         }
+        (self.call_pending, self.call_owed) = (false, false);
         self.watch(cx, true);
         Ok(())
     }

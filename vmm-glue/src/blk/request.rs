@@ -61,6 +61,20 @@ fn read_front(segments: &[Segment], out: &mut [u8]) -> usize {
     done
 }
 
+/// The header, read once; a driver may spread it over several buffers.
+#[inline]
+fn read_header(readable: &[Segment]) -> Option<[u8; index(spec::HEADER_BYTES)]> {
+    let whole = readable.first().and_then(Segment::front);
+    if whole.is_some() { whole } else { read_header_pieces(readable) }
+}
+
+#[cold]
+#[inline(never)]
+fn read_header_pieces(readable: &[Segment]) -> Option<[u8; index(spec::HEADER_BYTES)]> {
+    let mut header = [0; index(spec::HEADER_BYTES)];
+    (read_front(readable, &mut header) == header.len()).then_some(header)
+}
+
 /// Takes `count` bytes off the front of a list; returns the index of the first segment that is left.
 #[inline]
 fn trim_front(segments: &mut [Segment], mut count: u32) -> usize {
@@ -92,12 +106,11 @@ pub fn parse(
         return Ok(refuse(IoOp::Read, IoStatus::Invalid));
     }
     let at = chain.segments_at;
-    let segments = batch.segments_from(at);
-    let mut header = [0u8; index(spec::HEADER_BYTES)];
+    let segments = batch.segments_mut(at, chain.segments_count);
     let (readable, writable) = segments.split_at_mut(chain.readable_count);
-    if read_front(readable, &mut header) < header.len() {
+    let Some(header) = read_header(readable) else {
         return Ok(refuse(IoOp::Read, IoStatus::Invalid));
-    }
+    };
     let word = |at: usize| {
         u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
     };
@@ -196,11 +209,9 @@ fn parse_other(
         }
         spec::T_GET_ID => {
             let segments_at = chain.segments_at + chain.readable_count;
-            let gone = drop_status(batch.segments_from(segments_at));
-            Parsed::GetId {
-                segments_at,
-                segments_count: chain.segments_count - chain.readable_count - gone,
-            }
+            let count = chain.segments_count - chain.readable_count;
+            let gone = drop_status(batch.segments_mut(segments_at, count));
+            Parsed::GetId { segments_at, segments_count: count - gone }
         }
         spec::T_DISCARD => parse_range(chain, batch, device, size_bytes, IoOp::Discard),
         spec::T_WRITE_ZEROES => parse_range(chain, batch, device, size_bytes, IoOp::WriteZeroes),
@@ -226,7 +237,7 @@ fn parse_range(
     if data_bytes != bytes_u64(spec::RANGE_BYTES) {
         return refuse(op, IoStatus::Invalid);
     }
-    let readable = &mut batch.segments_from(chain.segments_at)[..chain.readable_count];
+    let readable = batch.segments_mut(chain.segments_at, chain.readable_count);
     let skipped = trim_front(readable, spec::HEADER_BYTES);
     let mut range = [0u8; spec::RANGE_BYTES];
     if read_front(&readable[skipped..], &mut range) < range.len() {
@@ -313,7 +324,8 @@ mod tests {
     }
 
     fn finish(batch: &mut Batch, segments_at: usize, readable_count: usize) -> Chain {
-        let segments = batch.segments_from(segments_at);
+        let count = batch.segments_mark() - segments_at;
+        let segments = batch.segments_mut(segments_at, count);
         let (readable, writable) = segments.split_at(readable_count);
         let last = writable.last().unwrap();
         Chain {
@@ -375,8 +387,9 @@ mod tests {
             let chain = finish(&mut batch, segments_at, readable_count);
             let request = io(parse(&chain, &mut batch, &device, SIZE_BYTES).unwrap());
             assert_eq!((request.offset_bytes, request.len_bytes), (7 * 512, u64::from(data)));
-            let found: Vec<usize> = batch.segments_from(index(request.segments_at))
-                [..index(request.segments_count)]
+            let (at, count) = (index(request.segments_at), index(request.segments_count));
+            let found: Vec<usize> = batch
+                .segments_mut(at, count)
                 .iter()
                 .flat_map(|s| (0..index(s.len_bytes())).map(|i| s.host().0 + i))
                 .collect();

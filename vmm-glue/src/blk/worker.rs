@@ -6,33 +6,36 @@
 //! channel does not take goes back to the ring untouched; a broken queue never writes to the guest's rings again.
 //!
 //! poll:
-//!   available → while room, bytes and entries: pop, parse, slot → submit a prefix, put the rest back
+//!   intake: available → pop all there is room for → parse all → submit a prefix, put the rest back
 //!   channel.poll → status byte, used element
 //!   publish used.idx once → at most one interrupt
 
 use ringmill_core::bdev::{Channel, ChannelSeed};
 use ringmill_core::io::{Completion, IoOp, Slots};
-use ringmill_core::limits::{BATCH_REQUESTS_MAX, PASS_BYTES_MAX, QUEUE_INFLIGHT_MAX};
+use ringmill_core::limits::QUEUE_INFLIGHT_MAX;
 use ringmill_core::mem::{Segment, lost_mappings_count};
-use ringmill_core::reactor::{ClientId, Done, Poller, ReactorCx};
+use ringmill_core::reactor::{ClientId, Done, Poller, ReactorCx, Share};
 use ringmill_core::units::{len_u32, usize_of};
 
 use crate::virtq::{Chain, QueueError, Virtqueue};
 
 use super::arrivals::Arrivals;
 use super::notifier::Notifier;
-use super::request::{Parsed, parse};
-use super::{QueueState, Tracking, WorkerEvent};
+use super::{QueueState, Tracking};
 
 mod answer;
 mod control;
 mod finished;
+mod intake;
 mod parts;
+mod placing;
 
 pub use control::WorkerControl;
 pub use parts::WorkerParts;
+pub use placing::PlaceError;
 
-use finished::{Finished, FinishedList};
+use finished::FinishedList;
+use placing::Trial;
 
 /// A request in flight, as the guest knows it.
 #[derive(Debug)]
@@ -54,12 +57,14 @@ pub struct QueueWorker<V, T> {
     /// One bit per head: taken and not answered.
     heads: Box<[u64]>,
     arrivals: Arrivals,
-    finished: FinishedList,
     mem_hint: usize,
     notifier: Notifier,
+    /// Its part of what the reactor's queues may move.
+    share: Share,
     /// Mappings of the process that had lost their memory when this queue last looked.
     lost_seen: u32,
     seed: Option<ChannelSeed>,
+    trial: Trial,
     waiting: Vec<Done>,
 }
 
@@ -79,80 +84,16 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
             slots: Slots::new(size.min(QUEUE_INFLIGHT_MAX)),
             heads: std::iter::repeat_n(0, size.div_ceil(64)).collect(),
             arrivals: Arrivals::default(),
-            finished: FinishedList::default(),
             mem_hint: 0,
             notifier: Notifier::new(parts.kick.take(), parts.call.take()),
+            share: Share::default(),
             lost_seen: lost_mappings_count(),
             seed: None,
+            trial: Trial::default(),
             waiting: Vec::with_capacity(4),
             state: QueueState::Running,
             parts,
         }
-    }
-
-    /// Puts the entry that was taken last back to the ring; it keeps the time at which it was seen.
-    #[cold]
-    #[inline(never)]
-    fn put_back(&mut self, head: u16, seen_ns: u64) {
-        self.unmark(head);
-        self.parts.tracking.put_back(head);
-        self.parts.queue.unpop(head);
-        self.arrivals.put_back(seen_ns);
-    }
-
-    /// Takes what there is room for; true when there was anything to take.
-    fn intake(&mut self, cx: &mut ReactorCx) -> Result<bool, QueueError> {
-        let available = self.parts.queue.available()?;
-        if available == 0 {
-            return Ok(false);
-        }
-        self.parts.queue.suppress_kicks();
-        self.arrivals.note(available, cx.pass_ns);
-        let room =
-            self.parts.channel.room(&cx.io).requests.min(self.slots.room()).min(BATCH_REQUESTS_MAX);
-        let size_bytes = self.parts.device.info().size_bytes();
-        let mut bytes = 0;
-        cx.batch.clear();
-        for _ in 0..room.min(usize::from(available)) {
-            let popped =
-                self.parts.queue.pop(&self.parts.mem, &mut self.mem_hint, &mut cx.batch)?;
-            let Some(chain) = popped else { break };
-            let seen_ns = self.arrivals.take(cx.pass_ns);
-            self.mark_taken(chain.head)?;
-            match parse(&chain, &mut cx.batch, &self.parts.device, size_bytes)? {
-                Parsed::Io(mut request) => {
-                    let slot = InFlight {
-                        head: chain.head,
-                        op: request.op,
-                        written_bytes: written(&chain),
-                        status: chain.status,
-                        bytes: request.len_bytes,
-                        seen_ns,
-                        submitted_ns: cx.pass_ns,
-                    };
-                    let Ok(tag) = self.slots.insert(slot) else {
-                        self.put_back(chain.head, seen_ns);
-                        break;
-                    };
-                    request.tag = tag;
-                    bytes += request.len_bytes;
-                    cx.batch.push(request);
-                    if bytes >= PASS_BYTES_MAX {
-                        break;
-                    }
-                }
-                answer => {
-                    self.copy_serial(cx, &answer);
-                    // Entries are answered in any order but put back only from the end: hand over what came before.
-                    if !self.submit(cx, Some((chain.head, seen_ns))) {
-                        return Ok(true);
-                    }
-                    self.answer(cx, &chain, seen_ns, &answer);
-                }
-            }
-        }
-        self.submit(cx, None);
-        Ok(room > 0)
     }
 
     #[inline]
@@ -171,38 +112,9 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
         self.heads[usize::from(head) / 64] &= !(1u64 << (head % 64));
     }
 
-    /// Hands the batch to the channel; true when all of it was taken. The rest goes back to the ring, and with it
-    /// `last`: the head and time of an entry that was popped after those of the batch.
-    #[inline]
-    fn submit(&mut self, cx: &mut ReactorCx, last: Option<(u16, u64)>) -> bool {
-        if cx.batch.is_empty() {
-            return true;
-        }
-        let taken = self.parts.channel.submit(&mut cx.io, cx.batch.view());
-        let all = taken == cx.batch.len();
-        // One clock read for the whole batch: it was handed over in one call.
-        let now_ns = cx.io.clock.now_ns();
-        let view = cx.batch.view();
-        for request in &view.requests()[..taken] {
-            if let Some(slot) = self.slots.get_mut(request.tag) {
-                slot.submitted_ns = now_ns;
-            }
-        }
-        if !all && let Some((head, seen_ns)) = last {
-            self.put_back(head, seen_ns);
-        }
-        for request in view.requests()[taken..].iter().rev() {
-            if let Some(slot) = self.slots.remove(request.tag) {
-                self.put_back(slot.head, slot.seen_ns);
-            }
-        }
-        cx.batch.clear();
-        all
-    }
-
     /// Answers what the channel has finished, one batch per pass; true when there was anything.
     #[inline]
-    fn complete(&mut self, cx: &mut ReactorCx) -> bool {
+    fn complete(&mut self, cx: &mut ReactorCx, finished: &mut FinishedList) -> bool {
         if self.slots.live_count() == 0 {
             return false;
         }
@@ -211,10 +123,12 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
         if lost_mappings_count() != self.lost_seen {
             self.look_for_lost_memory();
         }
+        let mut data_bytes = 0;
         for at in 0..cx.completions.len() {
             let Completion { tag, status } = cx.completions[at];
             let Some(slot) = self.slots.remove(tag) else { continue };
             self.unmark(slot.head);
+            data_bytes += slot.op.data_bytes(slot.bytes);
             if self.state == QueueState::Broken {
                 continue;
             }
@@ -222,29 +136,30 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
             self.parts.tracking.answered(slot.head);
             self.parts.queue.put_used(slot.head, slot.written_bytes);
             let InFlight { op, bytes, seen_ns, submitted_ns, .. } = slot;
-            self.finished.push(Finished { op, ok: status.is_ok(), bytes, seen_ns, submitted_ns });
+            finished.push(op, status.is_ok(), bytes, (seen_ns, submitted_ns));
         }
+        cx.io.fair.ended(&mut self.share, data_bytes);
         !cx.completions.is_empty()
     }
 
     /// Makes answers visible and interrupts the guest if it wants that; then does the book-keeping.
     #[inline]
-    fn publish(&mut self, cx: &mut ReactorCx) {
+    fn publish(&mut self, cx: &mut ReactorCx, finished: &FinishedList) {
         if self.state == QueueState::Broken {
             return;
         }
-        let completed_ns = if self.finished.is_empty() { 0 } else { cx.io.clock.now_ns() };
+        let completed_ns = if finished.is_empty() { 0 } else { cx.io.clock.now_ns() };
         let ask = self.notifier.can_signal(cx);
         if self.parts.queue.publish(ask) && self.notifier.coalescer.want(cx.pass_ns) {
             self.notifier.signal(cx, &self.parts.status);
         }
-        if self.finished.is_empty() {
+        if finished.is_empty() {
             return;
         }
         let published_ns = cx.io.clock.now_ns();
-        let count = len_u32(self.finished.len());
+        let count = finished.requests_count();
         self.notifier.coalescer.count(count, published_ns, self.parts.device.coalesce());
-        self.finished.record(&self.parts.status.stats, completed_ns, published_ns);
+        finished.record(&self.parts.status.stats, completed_ns, published_ns);
     }
 
     #[inline]
@@ -269,15 +184,18 @@ impl<V: Virtqueue, T: Tracking> Poller for QueueWorker<V, T> {
     fn poll(&mut self, cx: &mut ReactorCx) -> bool {
         self.notifier.poll(cx, &self.parts.status);
         let mut work = false;
+        cx.io.fair.begin(&mut self.share, cx.pass_ns);
         if self.state == QueueState::Running && self.parts.enabled {
             match self.intake(cx) {
                 Ok(found) => work = found,
                 Err(error) => self.abandon(cx, error),
             }
         }
-        work |= self.complete(cx);
+        let mut finished = FinishedList::default();
+        work |= self.complete(cx, &mut finished);
+        cx.io.fair.end(&mut self.share);
         if work {
-            self.publish(cx);
+            self.publish(cx, &finished);
             self.show();
         }
         if !self.waiting.is_empty() && self.slots.live_count() == 0 {
@@ -291,7 +209,8 @@ impl<V: Virtqueue, T: Tracking> Poller for QueueWorker<V, T> {
         if (busy && self.parts.channel.must_poll()) || self.notifier.must_poll(cx) {
             return true;
         }
-        if busy && self.slots.room().min(self.parts.channel.room(&cx.io).requests) == 0 {
+        let full = self.slots.room().min(self.parts.channel.room(&cx.io).requests) == 0;
+        if busy && (full || cx.io.fair.holds_back(&self.share, cx.pass_ns)) {
             // Nothing can be taken before something ends, and that wakes the reactor.
             return false;
         }
@@ -313,32 +232,11 @@ impl<V: Virtqueue, T: Tracking> Poller for QueueWorker<V, T> {
     }
 
     fn attach(&mut self, cx: &mut ReactorCx) {
-        if let Some(seed) = self.seed.take() {
-            match seed(&mut cx.io) {
-                Ok(channel) => self.parts.channel = channel,
-                Err(error) => (self.parts.events)(WorkerEvent::NoChannel(error)),
-            }
-        }
-        self.set_state(QueueState::Running);
-        if let Err(error) = self.notifier.attach(cx) {
-            // A queue that can neither hear nor call its guest would only hang it later.
-            self.set_state(QueueState::Broken);
-            return (self.parts.events)(WorkerEvent::NoNotifications(error));
-        }
-        // A predecessor that died may have left kicks suppressed or an interrupt unsent: say what holds now, and send
-        // one interrupt to be sure. Entries that are there already are found by the first poll.
-        self.parts.queue.request_kick();
-        self.notifier.signal(cx, &self.parts.status);
-        self.show();
+        self.arrive(cx);
     }
 
     fn detach(&mut self, cx: &mut ReactorCx) {
-        if self.parts.channel.inflight() == 0 {
-            self.parts.channel.close(&mut cx.io);
-        }
-        self.notifier.detach(cx, &self.parts.status);
-        self.show();
-        self.parts.status.set_state(QueueState::Stopped);
+        self.depart(cx);
     }
 
     fn quiesce(&mut self, _cx: &mut ReactorCx, done: Done) {

@@ -265,7 +265,7 @@ impl Channel for ModelChannel {
         let free = state.rules.room_max.saturating_sub(state.channels[self.number].len());
         // A hint may be too small and too large.
         let requests = if state.dice.chance(100) { free / 2 } else { free };
-        Room { requests: requests.max(1), not_before_ns: 0 }
+        Room { requests: requests.max(1), bytes: u64::MAX, not_before_ns: 0 }
     }
 
     fn submit(&mut self, io: &mut IoCx, batch: BatchView<'_>) -> usize {

@@ -10,7 +10,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ringmill_core::IoStatus;
-use ringmill_core::bdev::{AlignChannel, Alignment, Bdev, BlockLocks, Channel, InstantChannel};
+use ringmill_core::bdev::{
+    AlignChannel, Alignment, Bdev, BlockLocks, Channel, ChannelSeed, InstantChannel,
+};
 use ringmill_core::io::IoOp;
 use ringmill_core::limits::{BLOCK_LOCK_BUCKETS, BLOCK_LOCK_SPAN_BYTES};
 use ringmill_core::mem::Bounce;
@@ -75,6 +77,8 @@ pub struct Report {
     pub sleeps_count: u64,
     /// Control actions: quiesce, channel swap, removal, restart, memory change.
     pub actions_count: u64,
+    /// Queues that went to another reactor (or back to the same one).
+    pub moves_count: u64,
     /// The run ended in a power cut.
     pub power_cut: bool,
 }
@@ -105,6 +109,8 @@ enum Then {
     Stop,
     Enable,
     Memory,
+    /// Go on, on another reactor.
+    Move,
 }
 
 #[derive(Debug)]
@@ -517,7 +523,7 @@ impl Sim {
     fn begin_action(&mut self) -> Result<(), String> {
         self.report.actions_count += 1;
         let queue = self.dice.index(self.queues.len());
-        match self.dice.below(8) {
+        match self.dice.below(10) {
             0 => self.drain(vec![queue], Then::Resume),
             1 => self.drain(vec![queue], Then::Swap),
             2 if self.dice.chance(100) => {
@@ -535,6 +541,7 @@ impl Sim {
                 self.action = Action::Vacating;
             }
             5 | 6 => self.add_memory(),
+            7 | 8 => self.drain(vec![queue], Then::Move),
             _ => {
                 let all = (0..self.queues.len()).collect();
                 self.drain(all, Then::Swap);
@@ -593,7 +600,7 @@ impl Sim {
         }
         for &at in queues {
             let channel: Option<Box<dyn Channel>> = match then {
-                Then::Swap => Some(self.channel()),
+                Then::Swap | Then::Move => Some(self.channel()),
                 Then::Gone => Some(Box::new(InstantChannel::new(IoStatus::Gone))),
                 _ => None,
             };
@@ -618,11 +625,31 @@ impl Sim {
                     worker.resume(&mut reactor.cx, None);
                 }
                 Then::Stop => {
+                    // The front-end asks where the ring is, or the daemon goes away under it and nobody can.
+                    let asked = !self.packed || self.dice.chance(500);
+                    if !asked {
+                        worker.leave();
+                    }
                     worker.detach(&mut reactor.cx);
                     queue.worker = None;
-                    queue.base = base;
+                    queue.base = if asked { base } else { 0x8000_8000 };
                     let until = self.step + self.dice.below(60);
                     self.action = Action::Stopped { queue: at, until };
+                }
+                Then::Move => {
+                    worker.detach(&mut reactor.cx);
+                    let seed = channel.map(|channel| -> ChannelSeed { Box::new(|_| Ok(channel)) });
+                    drop(worker.replant(seed, true));
+                    reactor.queues.retain(|&q| q != at);
+                    queue.reactor = self.dice.index(self.reactors.len());
+                    let reactor = &mut self.reactors[queue.reactor];
+                    reactor.queues.push(at);
+                    reactor.asleep = false;
+                    worker.attach(&mut reactor.cx);
+                    if let Some(problem) = worker.take_problem() {
+                        return Err(format!("queue {at} could not move: {problem}"));
+                    }
+                    self.report.moves_count += 1;
                 }
                 Then::Resume | Then::Swap | Then::Gone => {
                     worker.resume(&mut reactor.cx, channel);

@@ -72,6 +72,10 @@ impl Virtqueue for WatchedQueue {
         self.inner.available()
     }
 
+    fn prefetch(&self, count: usize) {
+        self.inner.prefetch(count);
+    }
+
     fn pop(
         &mut self,
         mem: &MemTable,
@@ -117,6 +121,10 @@ impl Virtqueue for WatchedQueue {
 
     fn request_kick(&mut self) -> bool {
         self.inner.request_kick()
+    }
+
+    fn leave(&self) {
+        self.inner.leave();
     }
 
     fn base(&self) -> u32 {

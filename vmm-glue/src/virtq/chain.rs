@@ -16,6 +16,9 @@ use ringmill_core::units::{GuestAddr, len_u32};
 
 use super::QueueError;
 
+/// What every request of a block device starts with.
+const HEADER_BYTES: u64 = 16;
+
 /// Why a chain's data cannot be used although its status byte can.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ChainFault {
@@ -44,6 +47,15 @@ pub struct Chain {
     pub status: Segment,
     /// Set when the data must not be used.
     pub fault: Option<ChainFault>,
+}
+
+impl Chain {
+    /// Bytes of data that it moves, as far as its lengths tell: without a header's and the status byte.
+    #[inline]
+    #[must_use]
+    pub fn data_bytes(&self) -> u64 {
+        self.readable_bytes.saturating_sub(HEADER_BYTES) + self.writable_bytes - 1
+    }
 }
 
 /// A chain under construction.

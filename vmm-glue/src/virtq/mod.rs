@@ -128,6 +128,9 @@ pub trait Virtqueue: Send + 'static {
     /// [`QueueError::IndexJump`], [`QueueError::Overrun`], [`QueueError::Torn`].
     fn available(&mut self) -> Result<u16, QueueError>;
 
+    /// Asks the processor to fetch what the next `count` calls of `pop` will read of the ring. A hint.
+    fn prefetch(&self, count: usize);
+
     /// Takes the next chain (`available` said that there is one), translated into the batch's segment list; `Ok(None)`
     /// when the list has no room for it beside other requests (nothing was taken then).
     ///
@@ -155,6 +158,10 @@ pub trait Virtqueue: Send + 'static {
 
     /// Asks for a kick at the next entry, then looks again: true when entries are there already.
     fn request_kick(&mut self) -> bool;
+
+    /// The front-end goes without having asked for `base`: leaves in guest memory what a successor needs to find the place.
+    /// Nothing is taken or used after this.
+    fn leave(&self);
 
     /// Where the queue would go on, in the format of GET_VRING_BASE.
     fn base(&self) -> u32;

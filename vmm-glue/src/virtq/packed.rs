@@ -11,23 +11,25 @@
 //! read once per batch and stays in both caches until somebody goes to sleep.
 //!
 //! available: from `seen` on while heads are available, over whole chains
-//! pop: head (acquire) → walk(NEXT | indirect table) → id of the last descriptor
+//! pop: head (acquire) → walk(NEXT | indirect table) → id of the last descriptor → prefetch the next chain's header
 //! publish: held first used descriptor (release) → fence → driver's event → interrupt?
 
 use std::sync::atomic::{Ordering, fence};
 
 use ringmill_core::io::Batch;
-use ringmill_core::limits::{PACKED_LOOK_DESCRIPTORS_MAX, QUEUE_SIZE_MAX};
+use ringmill_core::limits::PACKED_LOOK_DESCRIPTORS_MAX;
 use ringmill_core::mem::MemTable;
 use ringmill_core::spec::virtio_ring::{
     DESC_BYTES, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, EVENT_FLAGS_DESC, EVENT_FLAGS_DISABLE,
-    EVENT_FLAGS_ENABLE, PACKED_DESC_F_AVAIL, PACKED_DESC_F_USED,
+    EVENT_FLAGS_ENABLE,
 };
-use ringmill_core::units::index;
+use ringmill_core::units::{GuestAddr, index};
 
 use super::chain::ChainWalk;
 use super::position::Position;
 use super::{Chain, QueueError, RingWindows, Virtqueue};
+
+mod start;
 
 /// The only valid flags of an event suppression structure.
 const EVENT_FLAGS_MASK: u16 = 3;
@@ -83,65 +85,6 @@ impl Descriptor {
 }
 
 impl PackedQueue {
-    /// A queue of `size` entries (1 to 32,768, any number) that goes on at `base`: next available descriptor and its wrap
-    /// counter in the low half, next used descriptor and its wrap counter in the high half. `None` when there are no
-    /// such places, or a lap or more between them: a ring full of requests that nobody has in flight.
-    #[must_use]
-    #[cold]
-    pub fn new(
-        rings: RingWindows,
-        size: u16,
-        base: u32,
-        event_idx: bool,
-        indirect: bool,
-    ) -> Option<PackedQueue> {
-        let (next, used) = PackedQueue::positions(size, base)?;
-        let mut queue = PackedQueue {
-            rings,
-            size,
-            event_idx,
-            indirect,
-            kicks_suppressed: false,
-            next,
-            seen: next,
-            seen_count: 0,
-            used,
-            published: used,
-            held: None,
-            lens: std::iter::repeat_n(0, usize::from(size)).collect(),
-        };
-        if base == 0 && queue.is_first_lap() {
-            queue.used.forward(size, size);
-            (queue.next, queue.seen, queue.published) = (queue.used, queue.used, queue.used);
-        }
-        Some(queue)
-    }
-
-    /// QUIRK: the virtio-driver crate (0.6) starts packed rings at base 0, as if they were split; that names the second
-    /// lap. But behind a first lap the last descriptor is marked available or used in it, or available in the second.
-    #[cold]
-    fn is_first_lap(&self) -> bool {
-        let mut last = self.next;
-        last.back(1, self.size);
-        self.flags(last) & (PACKED_DESC_F_AVAIL | PACKED_DESC_F_USED) == 0
-    }
-
-    /// Whether a ring of `size` entries can go on at `base`.
-    #[must_use]
-    #[cold]
-    pub fn is_base(size: u16, base: u32) -> bool {
-        PackedQueue::positions(size, base).is_some()
-    }
-
-    #[cold]
-    fn positions(size: u16, base: u32) -> Option<(Position, Position)> {
-        let [a, b, c, d] = base.to_le_bytes();
-        let next = Position::from_bits(u16::from_le_bytes([a, b]), size)?;
-        let used = Position::from_bits(u16::from_le_bytes([c, d]), size)?;
-        let is_possible = size <= QUEUE_SIZE_MAX && used.distance(next, size) < u32::from(size);
-        is_possible.then_some((next, used))
-    }
-
     /// Length, id and flags of a descriptor, in one access.
     #[inline]
     fn word(&self, at: Position) -> u64 {
@@ -164,6 +107,18 @@ impl PackedQueue {
     fn overrun(&self, at: Position) -> QueueError {
         let free = u16::try_from(self.free_from(at)).unwrap_or(self.size);
         QueueError::Overrun { at: at.at(), free, size: self.size }
+    }
+
+    /// Asks for the next chain's first bytes, a header or a table, while this one is dealt with. A hint: nothing that is
+    /// read here is used.
+    #[inline]
+    fn prefetch_next(&self, mem: &MemTable, hint: &mut usize) {
+        if self.seen_count > 0 {
+            let addr = GuestAddr(self.rings.desc.load_u64(self.next.offset_bytes()));
+            if let Some(first) = mem.translate(addr, 1, hint) {
+                first.prefetch();
+            }
+        }
     }
 
     /// Makes the chain of `len` descriptors up to `to` the last one taken.
@@ -272,6 +227,10 @@ impl Virtqueue for PackedQueue {
         Ok(self.seen_count)
     }
 
+    /// Nothing: the descriptors lie one after the other, which the processor notices on its own.
+    #[inline]
+    fn prefetch(&self, _count: usize) {}
+
     #[inline]
     fn pop(
         &mut self,
@@ -316,6 +275,7 @@ impl Virtqueue for PackedQueue {
         let chain = walk.finish(id)?;
         if chain.is_some() {
             self.take(id, len, at)?;
+            self.prefetch_next(mem, hint);
         }
         Ok(chain)
     }
@@ -375,6 +335,11 @@ impl Virtqueue for PackedQueue {
         // flags and reading the wish (§2.8.21.2).
         fence(Ordering::SeqCst);
         self.next.is_available(self.flags(self.next))
+    }
+
+    #[cold]
+    fn leave(&self) {
+        self.note_place();
     }
 
     fn base(&self) -> u32 {

@@ -7,7 +7,8 @@
 
 use ringmill_core::spec::virtio_ring::{DESC_BYTES, PACKED_DESC_F_AVAIL, PACKED_DESC_F_USED};
 
-const WRAP_BIT: u16 = 1 << 15;
+/// The wrap counter beside an offset.
+pub(super) const WRAP_BIT: u16 = 1 << 15;
 
 /// A descriptor's place and wrap counter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -50,7 +50,7 @@ pub struct BenchChannel {
 
 impl Channel for BenchChannel {
     fn room(&self, _io: &IoCx) -> Room {
-        Room { requests: self.ready.room(), not_before_ns: 0 }
+        Room { requests: self.ready.room(), bytes: u64::MAX, not_before_ns: 0 }
     }
 
     fn submit(&mut self, _io: &mut IoCx, batch: BatchView<'_>) -> usize {

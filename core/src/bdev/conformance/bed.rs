@@ -1,5 +1,7 @@
 //! The test bed: plays worker and reactor for one channel.
 //!
+//! Its neighbour on the reactor is light two passes out of three, so a channel has to go piece by piece there.
+//!
 //! Owner: one thread of a test. **Invariant:** every tag is completed exactly once, and what is in flight agrees with
 //! what the channel says; a bed that ends has all its pool memory back.
 
@@ -7,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use crate::bdev::{Bdev, Channel, InstantChannel};
 use crate::io::{Completions, IoFlags, IoOp, IoRequest, Slots, Tag};
-use crate::limits::{BOUNCE_BUFFERS, QUEUE_INFLIGHT_MAX};
+use crate::limits::{BOUNCE_BUFFERS, FAIR_HOLD_NS, QUEUE_INFLIGHT_MAX};
 use crate::mem::{MemTable, Segment};
-use crate::reactor::{ReactorCx, Ring};
+use crate::reactor::{ReactorCx, Ring, Share};
 use crate::status::IoStatus;
 use crate::units::{GuestAddr, bytes_u64, index, len_u32};
 
@@ -28,6 +30,8 @@ pub struct TestBed {
     memory: MemTable,
     ledger: Slots<()>,
     done: Completions,
+    share: Share,
+    turns_count: u64,
 }
 
 impl std::fmt::Debug for TestBed {
@@ -50,7 +54,10 @@ impl TestBed {
         let channel = seed(&mut cx.io).expect("a channel");
         let memory = MemTable::anonymous(GuestAddr(0), ARENAS * ARENA_BYTES).expect("memory");
         let ledger = Slots::new(QUEUE_INFLIGHT_MAX);
-        TestBed { cx, channel, memory, ledger, done: Completions::new() }
+        let (share, light) = (cx.io.fair.join(), cx.io.fair.join());
+        cx.io.fair.served_all(&light, 0);
+        let done = Completions::new();
+        TestBed { cx, channel, memory, ledger, done, share, turns_count: 0 }
     }
 
     /// Memory from `at_bytes` of arena `arena` on.
@@ -85,12 +92,19 @@ impl TestBed {
         let request =
             IoRequest { offset_bytes, len_bytes, tag, segments_at, segments_count, op, flags };
         self.cx.batch.single(request, segments);
+        self.begin_poll();
         let taken = self.channel.submit(&mut self.cx.io, self.cx.batch.view());
+        self.cx.io.fair.end(&mut self.share);
         if taken == 0 {
             self.ledger.remove(tag);
             return None;
         }
         Some(tag)
+    }
+
+    fn begin_poll(&mut self) {
+        let now_ns = if self.turns_count.is_multiple_of(3) { FAIR_HOLD_NS } else { 0 };
+        self.cx.io.fair.begin(&mut self.share, now_ns);
     }
 
     /// One pass of a reactor; calls `each` with every completion.
@@ -99,7 +113,10 @@ impl TestBed {
     /// On a completion of a tag that is not out.
     pub fn turn(&mut self, mut each: impl FnMut(Tag, IoStatus)) -> usize {
         self.cx.turn_ring();
+        self.turns_count += 1;
+        self.begin_poll();
         self.channel.poll(&mut self.cx.io, &mut self.done);
+        self.cx.io.fair.end(&mut self.share);
         let count = self.done.len();
         for completion in self.done.drain(..) {
             let known = self.ledger.remove(completion.tag).is_some();

@@ -6,13 +6,16 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use ringmill_core::bdev::ChannelSeed;
+use ringmill_core::IoStatus;
+use ringmill_core::bdev::{Channel, ChannelSeed, InstantChannel};
 use ringmill_core::mem::{MemTable, lost_mappings_count};
 use ringmill_core::reactor::{Done, Poller, ReactorCx};
 
 use crate::virtq::{QueueError, RingWindows};
 
-use super::{QueueState, QueueWorker, Tracking, Virtqueue, WorkerEvent};
+use crate::blk::WorkerEvent;
+
+use super::{PlaceError, QueueState, QueueWorker, Tracking, Trial, Virtqueue};
 
 /// A worker as a control thread's messages find it on its reactor: the same for all ring formats.
 pub trait WorkerControl: Poller {
@@ -38,8 +41,20 @@ pub trait WorkerControl: Poller {
     /// Where the queue would go on (GET_VRING_BASE); final once nothing is in flight.
     fn base(&self) -> u32;
 
+    /// The front-end is gone or sent away without asking for the base: leaves a drained ring so that a successor finds its
+    /// place.
+    fn leave(&self);
+
     /// How long the oldest request has been with the device, nanoseconds; `None` without any.
     fn oldest_age_ns(&self, now_ns: u64) -> Option<u64>;
+
+    /// Prepares a worker that is on no reactor for its next one: plants `seed` there, and until then and without it every
+    /// request fails. With `trial` a reactor that cannot serve it says so by [`WorkerControl::take_problem`], and nothing
+    /// else happens. Returns the former channel, to be dropped by the caller.
+    fn replant(&mut self, seed: Option<ChannelSeed>, trial: bool) -> Box<dyn Channel>;
+
+    /// Why the reactor that the worker has just come to cannot serve it.
+    fn take_problem(&mut self) -> Option<PlaceError>;
 }
 
 impl<V: Virtqueue, T: Tracking> WorkerControl for QueueWorker<V, T> {
@@ -81,8 +96,28 @@ impl<V: Virtqueue, T: Tracking> WorkerControl for QueueWorker<V, T> {
     }
 
     #[cold]
+    fn leave(&self) {
+        if self.state != QueueState::Broken && self.slots.live_count() == 0 {
+            self.parts.queue.leave();
+        }
+    }
+
+    #[cold]
     fn oldest_age_ns(&self, now_ns: u64) -> Option<u64> {
         self.slots.iter().map(|(_, slot)| now_ns.saturating_sub(slot.submitted_ns)).max()
+    }
+
+    #[cold]
+    fn replant(&mut self, seed: Option<ChannelSeed>, trial: bool) -> Box<dyn Channel> {
+        self.seed = seed;
+        self.trial = Trial::new(trial);
+        let gone = Box::new(InstantChannel::new(IoStatus::Gone));
+        std::mem::replace(&mut self.parts.channel, gone)
+    }
+
+    #[cold]
+    fn take_problem(&mut self) -> Option<PlaceError> {
+        self.trial.end()
     }
 }
 

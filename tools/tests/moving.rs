@@ -1,0 +1,468 @@
+//! Queues that move between reactors while their guest works: no request is lost, none is done twice, no data is wrong.
+//!
+//! On the real daemon the client is the `virtio-driver` crate; what a reactor cannot do is played in this process, on a
+//! controller with a bdev of the test's own. `RINGMILL_TEST_SEED` replays a load's choices.
+
+#[path = "support/daemon.rs"]
+mod daemon;
+#[path = "support/frontend.rs"]
+mod frontend;
+#[path = "support/media.rs"]
+mod media;
+#[path = "support/model.rs"]
+mod model;
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use daemon::{Daemon, WAIT_MAX, wait_for};
+use frontend::{F_FLUSH, FrontEnd, Load, Memory, P_CONFIG, P_MEM_SLOTS, P_MQ, P_REPLY_ACK};
+use media::{MIB, set_len, skip};
+use model::{Exercise, Op, connect, seed};
+use ringmill_core::bdev::{Bdev, BdevError, BdevInfo, ChannelSeed, Registry};
+use ringmill_core::reactor::{self, IdlePolicy, ReactorConfig, ReactorHandle};
+use ringmill_drivers::malloc::{MallocBdev, MallocOptions};
+use ringmill_vmm_glue::blk::{
+    Controller, ControllerError, ControllerSpec, ControllerState, SourceToken, event_queue,
+};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+const SLOT_BYTES: usize = 64 << 10;
+const MOVES: u32 = 1000;
+
+fn cores_count() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// The core of each queue, as status output shows it.
+fn places(daemon: &Daemon, name: &str) -> Vec<u64> {
+    let shown = daemon.call("vhost_get_controllers", &json!({"name": name}));
+    let queues = shown[0]["sessions"][0]["queues"].as_array().cloned().unwrap_or_default();
+    queues.iter().map(|queue| queue["lcore"].as_u64().expect("a core")).collect()
+}
+
+/// The pollers of a disk, by core, as the other status methods show them.
+fn pollers(daemon: &Daemon, name: &str) -> Vec<(u64, String)> {
+    let prefix = format!("{name}:");
+    let threads = daemon.call("thread_get_pollers", &json!({}));
+    let threads = threads["threads"].as_array().expect("threads").clone();
+    let mut all = Vec::new();
+    for (core, thread) in (0..).zip(&threads) {
+        let names = thread["active_pollers"].as_array().expect("pollers").iter();
+        let names = names.map(|p| p["name"].as_str().expect("a name").to_owned());
+        all.extend(names.filter(|n| n.starts_with(&prefix)).map(|n| (core, n)));
+    }
+    all.sort_by(|a, b| a.1.cmp(&b.1));
+    all
+}
+
+/// Moves a disk of four queues between two cores, all of it or a queue at a time, while a client checks what it reads.
+fn move_under_load(daemon: &Daemon, name: &str, socket: &Path, moves: u32) {
+    let mut exercise = Exercise::new(connect(socket, 4, 16, SLOT_BYTES), 16, seed(0x30e5));
+    let span = exercise.sectors_count();
+    exercise.one(Op::WriteZeroes(false), 0, span);
+    std::thread::scope(|scope| {
+        let moving = scope.spawn(|| {
+            let mut rpc = daemon.rpc();
+            for turn in 0..moves {
+                let mut params = json!({"ctrlr": name, "cpumask": format!("[{}]", turn / 2 % 2)});
+                if turn % 5 == 4 {
+                    params = json!({"ctrlr": name, "cpumask": format!("[{}]", turn / 5 % 2), "queue": turn % 4});
+                }
+                assert_eq!(rpc.call("vhost_controller_set_cpumask", &params), true);
+            }
+        });
+        let end = Instant::now() + 4 * WAIT_MAX;
+        exercise
+            .random_for(4 * WAIT_MAX, span, 64, |_| moving.is_finished() || Instant::now() > end);
+        moving.join().expect("every move succeeds");
+    });
+    exercise.drain();
+    assert!(exercise.completed_count > u64::from(moves), "{exercise}");
+    exercise.verify();
+    for (mask, want) in [("0x1", [0, 0, 0, 0]), ("0x2", [1, 1, 1, 1])] {
+        daemon.call("vhost_controller_set_cpumask", &json!({"ctrlr": name, "cpumask": mask}));
+        assert_eq!(places(daemon, name), want);
+        let names = (0..4).map(|queue| (want[0], format!("{name}:{queue}")));
+        assert_eq!(pollers(daemon, name), names.collect::<Vec<_>>());
+        let shown = daemon.call("vhost_get_controllers", &json!({"name": name}));
+        assert_eq!(shown[0]["cpumask"], mask);
+    }
+    daemon.call("vhost_controller_set_cpumask", &json!({"ctrlr": name, "cpumask": "0x3"}));
+    let spread = places(daemon, name);
+    assert_eq!(spread.iter().sum::<u64>(), 2, "two queues on each core: {spread:?}");
+    daemon.call(
+        "vhost_controller_set_cpumask",
+        &json!({"ctrlr": name, "cpumask": "0x1", "queue": spread.iter().position(|&c| c == 1)}),
+    );
+    assert_eq!(places(daemon, name).iter().sum::<u64>(), 1);
+    exercise.random_rounds(500, span, 64);
+    exercise.verify();
+}
+
+#[test]
+fn disks_move_a_thousand_times_under_load() {
+    if cores_count() < 2 {
+        return skip("disks_move_a_thousand_times_under_load", "one core");
+    }
+    // Adaptive: both reactors fall asleep whenever their queues have left.
+    let daemon = Daemon::with(["-m", "3"]);
+    let ram = daemon.add_malloc("ram", 16 * MIB, 512);
+    move_under_load(&daemon, "ram", &ram, MOVES);
+    let blocks = daemon.add_malloc("blocks", 16 * MIB, 4096);
+    move_under_load(&daemon, "blocks", &blocks, MOVES / 4);
+    let image = daemon.dir().join("file.img");
+    set_len(&image, 16 * MIB);
+    let file = daemon.add_uring("file", &image, &json!({}));
+    move_under_load(&daemon, "file", &file, MOVES);
+    daemon.stop();
+}
+
+/// A guest that never polls: every answer must reach it by an interrupt, and its kicks must be heard, wherever its queue
+/// is; meanwhile its VMM does what VMMs do to a running queue.
+#[test]
+fn a_sleeping_guest_hears_of_every_answer_while_its_queue_moves() {
+    if cores_count() < 2 {
+        return skip("a_sleeping_guest_hears_of_every_answer_while_its_queue_moves", "one core");
+    }
+    let daemon = Daemon::with(["-m", "3"]);
+    let socket = daemon.add_malloc("ram", 8 * MIB, 512);
+    let mut front =
+        FrontEnd::connect(&socket, F_FLUSH, P_MQ | P_CONFIG | P_REPLY_ACK | P_MEM_SLOTS);
+    let (rings, data) = (Memory::new(0, 1 << 20), Memory::new(1 << 30, 1 << 20));
+    let more = Memory::new(1 << 31, 1 << 20);
+    front.add_memory(&rings);
+    front.add_memory(&data);
+    let mut load = Load::new(rings, 0, 1, 1 << 30);
+    front.start(&load.ring, 0);
+    let stop = AtomicBool::new(false);
+    let moves = std::thread::scope(|scope| {
+        let moving = scope.spawn(|| {
+            let (mut rpc, mut moves) = (daemon.rpc(), 0);
+            while !stop.load(Ordering::Relaxed) {
+                let params = json!({"ctrlr": "ram", "cpumask": format!("[{}]", moves % 2)});
+                rpc.call("vhost_controller_set_cpumask", &params);
+                moves += 1;
+                // Now and then long enough for the reactors to fall asleep.
+                if moves % 16 == 0 {
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+            }
+            moves
+        });
+        for round in 0..1500 {
+            load.submit(&data);
+            while load.poll(&[&data]) == 0 {
+                assert!(load.ring.wait_call(WAIT_MAX), "round {round}: no interrupt");
+            }
+            match round % 31 {
+                3 | 17 | 23 => front.renew(&mut load.ring),
+                7 => front.enable(&load.ring, false),
+                8 => front.enable(&load.ring, true),
+                11 => front.add_memory(&more),
+                13 => front.remove_memory(&more),
+                _ => {}
+            }
+            if round % 31 == 7 {
+                front.enable(&load.ring, true);
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        moving.join().expect("every move succeeds")
+    });
+    assert!(moves > 100, "{moves} moves");
+    // A stopped ring says where it stands, and a started one goes on there, wherever it has been.
+    let base = front.stop(&load.ring);
+    assert_eq!(base, load.ring.avail_index);
+    front.start(&load.ring, base);
+    load.run(&data, 10);
+    daemon.stop();
+}
+
+#[test]
+fn a_mask_without_a_guest_holds_for_the_next_one() {
+    if cores_count() < 2 {
+        return skip("a_mask_without_a_guest_holds_for_the_next_one", "one core");
+    }
+    let daemon = Daemon::with(["-m", "3"]);
+    let socket = daemon.add_malloc("ram", 8 * MIB, 512);
+    let place = |params: Value| daemon.call("vhost_controller_set_cpumask", &params);
+    for core in [1, 0, 1] {
+        assert_eq!(place(json!({"ctrlr": "ram", "cpumask": format!("[{core}]")})), true);
+        let mut exercise = Exercise::new(connect(&socket, 2, 8, SLOT_BYTES), 8, 1);
+        exercise.one(Op::Write, 0, 8);
+        assert_eq!(places(&daemon, "ram"), [core, core]);
+        drop(exercise);
+        assert!(wait_for(WAIT_MAX, || places(&daemon, "ram").is_empty()));
+    }
+    place(json!({"ctrlr": "ram", "cpumask": "0x1", "queue": 1}));
+    let exercise = Exercise::new(connect(&socket, 2, 8, SLOT_BYTES), 8, 1);
+    assert_eq!(places(&daemon, "ram"), [1, 0]);
+    drop(exercise);
+    daemon.stop();
+}
+
+/// A RAM disk whose channels can be refused: so many more of them fail to open on their reactor.
+#[derive(Debug)]
+struct Moody {
+    ram: MallocBdev,
+    refusals: Arc<AtomicU32>,
+}
+
+impl Bdev for Moody {
+    fn info(&self) -> &Arc<BdevInfo> {
+        self.ram.info()
+    }
+
+    fn open_channel(&self) -> Result<ChannelSeed, BdevError> {
+        let (seed, refusals) = (self.ram.open_channel()?, Arc::clone(&self.refusals));
+        Ok(Box::new(move |io| {
+            let refuse = |n: u32| n.checked_sub(1);
+            if refusals.fetch_update(Ordering::Relaxed, Ordering::Relaxed, refuse).is_ok() {
+                let (name, reason) = ("moody".to_owned(), "not today".to_owned());
+                return Err(BdevError::Refused { name, reason });
+            }
+            seed(io)
+        }))
+    }
+}
+
+type Order = (Vec<ReactorHandle>, Option<u16>, mpsc::Sender<Result<(), String>>);
+
+/// A controller and a thread that plays its control thread.
+struct Host {
+    dir: TempDir,
+    reactors: [ReactorHandle; 2],
+    refusals: Arc<AtomicU32>,
+    orders: mpsc::Sender<Order>,
+    /// Where the queues are, by the last look.
+    cores: Arc<Mutex<Vec<usize>>>,
+    /// The longest time that the control thread was away.
+    longest: Arc<Mutex<Duration>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Host {
+    fn start(queues_max: u16) -> Host {
+        let config = ReactorConfig {
+            core: None,
+            idle: IdlePolicy::Adaptive { spin_ns: 50_000 },
+            io_wq_cpus: Vec::new(),
+        };
+        let reactors = [(); 2].map(|()| reactor::spawn(&config).expect("a reactor"));
+        let options = MallocOptions { blocks_count: 16384, block_bytes: 512, uuid: None };
+        let ram = MallocBdev::new("moody", &options).expect("memory");
+        let refusals = Arc::new(AtomicU32::new(0));
+        let registry = Arc::new(Registry::new());
+        let moody: Arc<dyn Bdev> = Arc::new(Moody { ram, refusals: Arc::clone(&refusals) });
+        registry.add(moody).expect("a free name");
+        let dir = TempDir::new().expect("a directory");
+        let spec = ControllerSpec {
+            name: "disk".to_owned(),
+            bdev: "moody".to_owned(),
+            socket: dir.path().join("disk"),
+            socket_mode: 0o600,
+            socket_group: None,
+            read_only: false,
+            serial: None,
+            queues_max,
+        };
+        let (orders, inbox) = mpsc::channel::<Order>();
+        let (cores, longest) =
+            (Arc::<Mutex<Vec<usize>>>::default(), Arc::<Mutex<Duration>>::default());
+        let (shown, slowest, served) = (Arc::clone(&cores), Arc::clone(&longest), reactors.clone());
+        let (ready, is_ready) = mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            let (sender, events) = event_queue().expect("an eventfd");
+            let first = vec![served[0].clone()];
+            let mut controller =
+                Controller::new(1, spec, &registry, first, &sender).expect("a controller");
+            ready.send(()).expect("the test waits");
+            let (mut answers, mut next_ticket) = (Vec::new(), 1);
+            let mut next_look = Instant::now();
+            while controller.state() != ControllerState::Deleted {
+                let began = Instant::now();
+                loop {
+                    match inbox.try_recv() {
+                        Ok((to, queue, answer)) => {
+                            next_ticket += 1;
+                            match controller.place(next_ticket, to, queue) {
+                                Ok(()) => answers.push((next_ticket, answer)),
+                                Err(error) => drop(answer.send(Err(error.to_string()))),
+                            }
+                        }
+                        Err(mpsc::TryRecvError::Empty) => break,
+                        Err(mpsc::TryRecvError::Disconnected) => {
+                            controller.begin_delete();
+                            let refused = controller.place(0, vec![served[0].clone()], None);
+                            let gone = controller.state() == ControllerState::Deleted;
+                            assert!(gone || matches!(refused, Err(ControllerError::Leaving(_))));
+                            break;
+                        }
+                    }
+                }
+                while let Some(event) = events.next() {
+                    controller.on_event(event);
+                }
+                if Instant::now() >= next_look {
+                    next_look = Instant::now() + Duration::from_millis(100);
+                    controller.check_ages();
+                }
+                for (ticket, result) in controller.take_moved() {
+                    let at = answers.iter().position(|(t, _)| *t == ticket).expect("asked once");
+                    let _ = answers.remove(at).1.send(result);
+                }
+                *shown.lock().unwrap() = (0..served.len())
+                    .flat_map(|at| served[at].pollers().iter().map(|_| at).collect::<Vec<_>>())
+                    .collect();
+                let mut longest = slowest.lock().unwrap();
+                *longest = longest.max(began.elapsed());
+                drop(longest);
+                serve(&mut controller);
+            }
+        });
+        is_ready.recv().expect("a controller");
+        Host { dir, reactors, refusals, orders, cores, longest, thread: Some(thread) }
+    }
+
+    fn place(&self, reactor: usize, queue: Option<u16>) -> Result<(), String> {
+        let (answer, answered) = mpsc::channel();
+        self.orders.send((vec![self.reactors[reactor].clone()], queue, answer)).expect("a host");
+        answered.recv_timeout(WAIT_MAX).expect("an answer")
+    }
+
+    fn cores(&self) -> Vec<usize> {
+        self.cores.lock().unwrap().clone()
+    }
+
+    fn client(&self, queues: usize) -> Exercise {
+        let mut exercise =
+            Exercise::new(connect(&self.dir.path().join("disk"), queues, 8, SLOT_BYTES), 8, 3);
+        let sectors = exercise.sectors_count();
+        exercise.one(Op::WriteZeroes(false), 0, sectors);
+        exercise
+    }
+}
+
+/// Waits for the controller's descriptors, a moment at most, and hands on what they say.
+fn serve(controller: &mut Controller) {
+    let sources: Vec<_> = controller.sources().collect();
+    let mut fds: Vec<PollFd<'_>> = sources
+        .iter()
+        .map(|source| {
+            let mut flags = PollFlags::empty();
+            flags.set(PollFlags::IN, source.readable);
+            flags.set(PollFlags::OUT, source.writable);
+            PollFd::from_borrowed_fd(source.fd, flags)
+        })
+        .collect();
+    poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 1_000_000 })).expect("a poll");
+    let ready: Vec<(SourceToken, PollFlags)> =
+        sources.iter().zip(&fds).map(|(s, fd)| (s.token, fd.revents())).collect();
+    drop(fds);
+    drop(sources);
+    for (token, flags) in ready.into_iter().filter(|(_, flags)| !flags.is_empty()) {
+        let hung_up = flags.intersects(PollFlags::HUP | PollFlags::ERR);
+        let (readable, writable) = (flags.contains(PollFlags::IN), flags.contains(PollFlags::OUT));
+        controller.on_ready(token, readable, writable, hung_up);
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        let (orders, _) = mpsc::channel();
+        self.orders = orders;
+        let ended = self.thread.take().map(JoinHandle::join);
+        self.reactors.iter().for_each(ReactorHandle::stop);
+        assert!(std::thread::panicking() || ended.is_some_and(|e| e.is_ok()), "the host failed");
+    }
+}
+
+#[test]
+fn a_reactor_that_cannot_serve_a_queue_gives_it_back() {
+    let host = Host::start(2);
+    let mut exercise = host.client(2);
+    assert_eq!(host.cores(), [0, 0]);
+    host.refusals.store(1, Ordering::Relaxed);
+    let problem = host.place(1, None).expect_err("one queue was refused");
+    assert!(problem.contains("stays on") && problem.contains("not today"), "{problem}");
+    assert!(wait_for(WAIT_MAX, || host.cores() == [0, 1]), "{:?}", host.cores());
+    exercise.random_rounds(500, 4096, 64);
+    exercise.verify();
+    // Asked again, it goes.
+    assert_eq!(host.place(1, None), Ok(()));
+    assert!(wait_for(WAIT_MAX, || host.cores() == [1, 1]));
+    exercise.random_rounds(500, 4096, 64);
+    exercise.verify();
+    // Refused by both: the queue is there and says so in every answer, loudly.
+    host.refusals.store(2, Ordering::Relaxed);
+    assert!(host.place(0, Some(0)).is_err());
+    assert!(wait_for(WAIT_MAX, || host.cores() == [1, 1]));
+    assert!(!exercise.succeeds(Op::Read, 0, 1), "queue 0 has no way to the disk");
+    assert_eq!(host.place(0, Some(0)), Ok(()));
+    assert!(exercise.succeeds(Op::Read, 0, 1), "the next move gave it one");
+    exercise.verify();
+    let (code, last) = (host.place(0, Some(2)).expect_err("no such queue"), "0 to 1");
+    assert!(code.contains(last), "{code}");
+}
+
+#[test]
+fn a_reactor_that_does_not_answer_loses_the_queue_again() {
+    let host = Host::start(1);
+    let mut exercise = host.client(1);
+    // Busy with something else for longer than the control thread's patience.
+    let busy = |reactor: &mut reactor::Reactor| {
+        let _ = reactor;
+        std::thread::sleep(Duration::from_secs(5));
+    };
+    assert!(host.reactors[1].send(Box::new(busy)).is_ok());
+    let asked = Instant::now();
+    let (answer, answered) = mpsc::channel();
+    host.orders.send((vec![host.reactors[1].clone()], None, answer)).expect("a host");
+    // Meanwhile the guest waits, and so do the control thread's other operations: the call descriptor is replaced, say.
+    let problem = answered.recv_timeout(WAIT_MAX).expect("an answer").expect_err("no answer");
+    assert!(problem.contains("does not answer"), "{problem}");
+    assert!(asked.elapsed() < Duration::from_millis(4500), "{:?}", asked.elapsed());
+    exercise.random_rounds(500, 4096, 64);
+    exercise.verify();
+    assert_eq!(host.cores(), [0]);
+    // The late reactor finds nothing of it.
+    assert!(wait_for(WAIT_MAX, || asked.elapsed() > Duration::from_secs(6)));
+    assert_eq!(host.cores(), [0]);
+    assert!(exercise.succeeds(Op::Read, 0, 1));
+    assert_eq!(host.place(1, None), Ok(()));
+    exercise.random_rounds(500, 4096, 64);
+    exercise.verify();
+    let longest = *host.longest.lock().unwrap();
+    assert!(longest < Duration::from_secs(1), "the control thread was away for {longest:?}");
+}
+
+#[test]
+fn moves_wait_in_line_and_end_with_their_client() {
+    let host = Host::start(2);
+    let mut exercise = host.client(2);
+    let mut answers = Vec::new();
+    for turn in 0..200 {
+        let (answer, answered) = mpsc::channel();
+        let to = vec![host.reactors[turn % 2].clone()];
+        host.orders.send((to, None, answer)).expect("a host");
+        answers.push(answered);
+        if turn % 10 == 0 {
+            exercise.random_rounds(16, 4096, 64);
+        }
+    }
+    // Half of them have a client that leaves in the middle.
+    drop(exercise);
+    for answered in answers {
+        assert_eq!(answered.recv_timeout(WAIT_MAX).expect("every move ends"), Ok(()));
+    }
+    let mut exercise = host.client(2);
+    assert!(wait_for(WAIT_MAX, || host.cores() == [1, 1]), "{:?}", host.cores());
+    exercise.random_rounds(200, 4096, 64);
+    exercise.verify();
+}
