@@ -254,7 +254,7 @@ fn record(count: &mut Count) -> anyhow::Result<()> {
     count.window(CALLS, || {
         for value in 0..CALLS {
             let op = stats.op(black_box(IoOp::Read));
-            op.count(black_box(4096), true);
+            op.count(1, black_box(4096), true);
             for stage in Stage::ALL {
                 op.stage(stage).record(black_box(1000 + value % 64));
             }
