@@ -370,6 +370,21 @@ def figures():
         fails(PARAMS, "nothere", method, ctrlr="nothere")
         fails(ENODEV, "nothere", method, bdev="nothere")
 
+    def reads():
+        return call("bdev_get_iostat", name=BDEV)["bdevs"][0]["num_read_ops"]
+
+    check(call("latency_set_recording", ctrlr=CTRLR, enable=False) is True, "no recording")
+    time.sleep(0.05)
+    before = reads()
+    time.sleep(0.2)
+    check(reads() == before, "counters stand still under load")
+    check(call("latency_set_recording", enable=True) is True, "recording again")
+    time.sleep(0.2)
+    check(reads() > before, "counters go on")
+    fails(PARAMS, "enable", "latency_set_recording")
+    fails(PARAMS, "nothere", "latency_set_recording", ctrlr="nothere", enable=True)
+    fails(ENODEV, "nothere", "latency_set_recording", bdev="nothere", enable=True)
+
 
 def round_trip():
     """What clients call save_config and load_config."""

@@ -730,6 +730,17 @@ impl Engine for DaemonEngine {
         Ok(rows)
     }
 
+    fn set_recording(
+        &mut self,
+        filter: LatencyFilter<'_>,
+        enable: bool,
+    ) -> Result<(), EngineError> {
+        for controller in self.filtered(&filter)? {
+            controller.set_recording(enable);
+        }
+        Ok(())
+    }
+
     fn reset_latencies(&mut self, filter: LatencyFilter<'_>) -> Result<(), EngineError> {
         let mut bases = Vec::new();
         for controller in self.filtered(&filter)? {

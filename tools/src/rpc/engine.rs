@@ -584,6 +584,9 @@ pub trait Engine {
     fn latencies(&mut self, filter: LatencyFilter<'_>) -> Result<Vec<LatencyRow>, EngineError>;
     /// Starts stage latencies afresh.
     fn reset_latencies(&mut self, filter: LatencyFilter<'_>) -> Result<(), EngineError>;
+    /// Records counters and latencies of requests from now on, or no more.
+    fn set_recording(&mut self, filter: LatencyFilter<'_>, enable: bool)
+    -> Result<(), EngineError>;
 
     /// Acts as if the daemon got this signal (positive number); the reply is written first.
     fn kill(&mut self, signal: i32) -> Result<(), EngineError>;

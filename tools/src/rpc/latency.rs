@@ -35,6 +35,13 @@ pub(super) fn get(call: Call<'_>) -> Result<Reply, RpcError> {
     Ok(Reply::Now(json!({ "unit": "ns", "histograms": rows })))
 }
 
+pub(super) fn set_recording(call: Call<'_>) -> Result<Reply, RpcError> {
+    let filter =
+        LatencyFilter { controller: call.params.text("ctrlr"), bdev: call.params.text("bdev") };
+    let done = call.engine.set_recording(filter, call.params.flag("enable"));
+    call.conclude_now(done, Vec::new())
+}
+
 pub(super) fn reset(call: Call<'_>) -> Result<Reply, RpcError> {
     let filter =
         LatencyFilter { controller: call.params.text("ctrlr"), bdev: call.params.text("bdev") };

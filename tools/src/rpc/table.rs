@@ -383,4 +383,14 @@ pub const METHODS: &[Method] = &[
         latency::reset,
         [LATENCY_CTRLR, LATENCY_BDEV]
     ),
+    method!(
+        "latency_set_recording",
+        "Records counters and latencies of requests, or leaves them out",
+        latency::set_recording,
+        [
+            Param::must("enable", Kind::Flag, "false: counters and latencies stand still"),
+            LATENCY_CTRLR,
+            LATENCY_BDEV
+        ]
+    ),
 ];

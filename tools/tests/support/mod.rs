@@ -346,6 +346,14 @@ impl Engine for FakeEngine {
         Ok(rows)
     }
 
+    fn set_recording(
+        &mut self,
+        filter: LatencyFilter<'_>,
+        _enable: bool,
+    ) -> Result<(), EngineError> {
+        self.latencies(filter).map(|_| ())
+    }
+
     fn reset_latencies(&mut self, filter: LatencyFilter<'_>) -> Result<(), EngineError> {
         self.latencies(filter).map(|_| ())
     }

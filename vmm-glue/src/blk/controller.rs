@@ -372,6 +372,11 @@ impl Controller {
             .filter_map(|(queue, status)| Some((queue, status.get()?)))
     }
 
+    /// Records counters and latencies of requests from now on, or no more.
+    pub fn set_recording(&self, recording: bool) {
+        self.shared.device.set_recording(recording);
+    }
+
     /// Connected front-ends.
     #[must_use]
     pub fn sessions(&self) -> Vec<SessionView> {

@@ -30,6 +30,8 @@ pub struct BlkDevice {
     /// The `writeback` field of the configuration space: what guests are told, and the last of them chose.
     config_writeback: AtomicBool,
     coalesce: CoalesceSettings,
+    /// Whether queues record what their requests took.
+    recording: AtomicBool,
 }
 
 impl std::fmt::Debug for BlkDevice {
@@ -55,6 +57,7 @@ impl BlkDevice {
             write_back: AtomicBool::new(geometry.write_cache),
             config_writeback: AtomicBool::new(geometry.write_cache),
             coalesce: CoalesceSettings::default(),
+            recording: AtomicBool::new(true),
             info: Arc::clone(bdev.info()),
         }
     }
@@ -87,6 +90,18 @@ impl BlkDevice {
             IoOp::WriteZeroes => self.write_zeroes && !self.read_only,
             _ => true,
         }
+    }
+
+    /// True when counters and latencies are recorded.
+    #[inline]
+    #[must_use]
+    pub fn is_recording(&self) -> bool {
+        self.recording.load(Ordering::Relaxed)
+    }
+
+    /// Records from now on, or no more.
+    pub fn set_recording(&self, recording: bool) {
+        self.recording.store(recording, Ordering::Relaxed);
     }
 
     /// Interrupt coalescing.

@@ -191,7 +191,7 @@ impl<V: Virtqueue, T: Tracking> Poller for QueueWorker<V, T> {
                 Err(error) => self.abandon(cx, error),
             }
         }
-        let mut finished = FinishedList::default();
+        let mut finished = FinishedList::new(self.parts.device.is_recording());
         work |= self.complete(cx, &mut finished);
         cx.io.fair.end(&mut self.share);
         if work {

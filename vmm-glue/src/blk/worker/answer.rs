@@ -51,7 +51,9 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
         self.unmark(chain.head);
         self.parts.tracking.answered(chain.head);
         self.parts.queue.put_used(chain.head, written(chain));
-        if let Some(op) = answer.op {
+        if let Some(op) = answer.op
+            && self.parts.device.is_recording()
+        {
             let stats = self.parts.status.stats.op(op);
             stats.count(1, 0, answer.status.is_ok());
             stats.stage(Stage::Total).record(cx.io.clock.now_ns().saturating_sub(seen_ns));
