@@ -129,7 +129,7 @@ fn figures(c: &mut Criterion) {
     c.bench_function("counters and histograms of a request", |b| {
         b.iter(|| {
             let op = stats.op(black_box(IoOp::Read));
-            op.count(4096, true);
+            op.count(1, 4096, true);
             for stage in Stage::ALL {
                 op.stage(stage).record(black_box(1000));
             }

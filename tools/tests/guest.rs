@@ -113,7 +113,7 @@ fn a_running_guest_goes_on_after_a_restart_of_the_daemon() -> Outcome {
             let mut guest = Guest::start(&MachineConfig::new(boot, disks))?;
             for round in 1..=3 {
                 guest.sh(&format!(
-                    "seq {round} {round} 900000 | head -c 3000000 >/run/data{round}\n\
+                    "seq {round} 900000 | head -c 3000000 >/run/data{round}\n\
                      dd if=/run/data{round} of=/dev/vda bs=10000 seek=$(({round} * 400)) conv=fsync\n\
                      echo 3 >/proc/sys/vm/drop_caches\n\
                      for n in $(seq {round}); do\n\

@@ -103,8 +103,8 @@ impl<'a> ChainWalk<'a> {
             .filter(|s| s.len_bytes() == len_bytes)
     }
 
-    /// Adds one buffer.
-    #[inline]
+    /// Adds one buffer. Always inlined: the walk's state stays in registers.
+    #[inline(always)]
     pub(super) fn add(&mut self, addr: u64, len_bytes: u32, flags: u16) -> Result<(), QueueError> {
         self.descriptors_count += 1;
         if self.descriptors_count > CHAIN_DESCRIPTORS_MAX {

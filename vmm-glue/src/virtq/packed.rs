@@ -11,7 +11,7 @@
 //! read once per batch and stays in both caches until somebody goes to sleep.
 //!
 //! available: from `seen` on while heads are available, over whole chains
-//! pop: head (acquire) → walk(NEXT | indirect table) → id of the last descriptor → prefetch the next chain's header
+//! pop: head (acquire) → walk(NEXT | indirect table) → id of the last descriptor
 //! publish: held first used descriptor (release) → fence → driver's event → interrupt?
 
 use std::sync::atomic::{Ordering, fence};
@@ -23,7 +23,7 @@ use ringmill_core::spec::virtio_ring::{
     DESC_BYTES, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, EVENT_FLAGS_DESC, EVENT_FLAGS_DISABLE,
     EVENT_FLAGS_ENABLE,
 };
-use ringmill_core::units::{GuestAddr, index};
+use ringmill_core::units::index;
 
 use super::chain::ChainWalk;
 use super::position::Position;
@@ -107,18 +107,6 @@ impl PackedQueue {
     fn overrun(&self, at: Position) -> QueueError {
         let free = u16::try_from(self.free_from(at)).unwrap_or(self.size);
         QueueError::Overrun { at: at.at(), free, size: self.size }
-    }
-
-    /// Asks for the next chain's first bytes, a header or a table, while this one is dealt with. A hint: nothing that is
-    /// read here is used.
-    #[inline]
-    fn prefetch_next(&self, mem: &MemTable, hint: &mut usize) {
-        if self.seen_count > 0 {
-            let addr = GuestAddr(self.rings.desc.load_u64(self.next.offset_bytes()));
-            if let Some(first) = mem.translate(addr, 1, hint) {
-                first.prefetch();
-            }
-        }
     }
 
     /// Makes the chain of `len` descriptors up to `to` the last one taken.
@@ -275,7 +263,6 @@ impl Virtqueue for PackedQueue {
         let chain = walk.finish(id)?;
         if chain.is_some() {
             self.take(id, len, at)?;
-            self.prefetch_next(mem, hint);
         }
         Ok(chain)
     }

@@ -142,8 +142,8 @@ impl SplitQueue {
 
 #[inline]
 fn read_indirect(table: &Segment, at: u32) -> Descriptor {
-    let mut bytes = [0u8; DESC_BYTES];
-    table.sub(at * 16, 16).read_into(&mut bytes);
+    // The caller has checked that the entry is in the table.
+    let bytes: [u8; DESC_BYTES] = table.sub(at * 16, 16).front().unwrap_or_default();
     let (addr, rest) = bytes.split_at(8);
     let word = |half: &[u8]| half.try_into().map_or(0, u64::from_le_bytes);
     Descriptor::from_words(word(addr), word(rest))
