@@ -50,6 +50,9 @@ pub const FAIR_HOLD_NS: u64 = 100_000_000;
 /// A device of 3 GB/s is through with that half in 0.7 ms.
 pub const FAIR_INFLIGHT_BYTES: u64 = 4 << 20;
 
+/// The same otherwise: more than any device needs to be busy, and what a queue that wakes up may have to wait behind.
+pub const FAIR_INFLIGHT_ALONE_BYTES: u64 = 64 << 20;
+
 /// Virtqueues of one controller: one per vCPU of a large guest.
 pub const CONTROLLER_QUEUES_MAX: u16 = 64;
 
@@ -136,6 +139,7 @@ const _: () = assert!(BLOCK_BYTES_MAX as usize * 2 <= BOUNCE_BYTES);
 const _: () = assert!(BATCH_REQUESTS_MAX <= QUEUE_INFLIGHT_MAX);
 const _: () =
     assert!(FAIR_LIGHT_BYTES <= FAIR_QUANTUM_BYTES && FAIR_QUANTUM_BYTES <= FAIR_ALONE_BYTES);
+const _: () = assert!(FAIR_INFLIGHT_BYTES <= FAIR_INFLIGHT_ALONE_BYTES);
 const _: () = assert!(FAIR_PIECE_BYTES.is_multiple_of(BLOCK_BYTES_MAX as u64));
 const _: () = assert!(FAIR_ALONE_BYTES.is_multiple_of(BLOCK_BYTES_MAX as u64));
 const _: () = assert!(FAIR_ALONE_BYTES <= PASS_BYTES_MAX && FAIR_PASS_BYTES <= PASS_BYTES_MAX);

@@ -12,8 +12,8 @@
 //! begin: credit = quantum - debt → intake_bytes, spend… → end: debt += what was spent beyond the credit
 
 use crate::limits::{
-    FAIR_ALONE_BYTES, FAIR_HOLD_NS, FAIR_INFLIGHT_BYTES, FAIR_LIGHT_BYTES, FAIR_PASS_BYTES,
-    FAIR_PIECE_BYTES, FAIR_QUANTUM_BYTES, PASS_BYTES_MAX,
+    FAIR_ALONE_BYTES, FAIR_HOLD_NS, FAIR_INFLIGHT_ALONE_BYTES, FAIR_INFLIGHT_BYTES,
+    FAIR_LIGHT_BYTES, FAIR_PASS_BYTES, FAIR_PIECE_BYTES, FAIR_QUANTUM_BYTES, PASS_BYTES_MAX,
 };
 
 /// One queue's side of it.
@@ -99,11 +99,12 @@ impl Fair {
         now_ns < if is_last { self.other_until_ns } else { self.light_until_ns }
     }
 
-    /// What this queue may add to its data in flight beside others: as with every shared pool, one that holds data gets
+    /// What this queue may add to its data in flight: as with every shared pool, one that holds data gets
     /// more only while it holds less than is left.
     #[inline]
-    fn headroom_bytes(&self, share: &Share) -> u64 {
-        let left_bytes = FAIR_INFLIGHT_BYTES.saturating_sub(self.inflight_bytes);
+    fn headroom_bytes(&self, share: &Share, shared: bool) -> u64 {
+        let all_bytes = if shared { FAIR_INFLIGHT_BYTES } else { FAIR_INFLIGHT_ALONE_BYTES };
+        let left_bytes = all_bytes.saturating_sub(self.inflight_bytes);
         let more_bytes = left_bytes.saturating_sub(share.inflight_bytes);
         if share.inflight_bytes == 0 { more_bytes.max(1) } else { more_bytes }
     }
@@ -113,18 +114,15 @@ impl Fair {
     #[inline]
     #[must_use]
     pub fn intake_bytes(&self, share: &Share, room_bytes: u64) -> u64 {
-        if self.shared {
-            FAIR_PASS_BYTES.min(room_bytes).min(self.headroom_bytes(share))
-        } else {
-            PASS_BYTES_MAX.min(room_bytes)
-        }
+        let pass_bytes = if self.shared { FAIR_PASS_BYTES } else { PASS_BYTES_MAX };
+        pass_bytes.min(room_bytes).min(self.headroom_bytes(share, self.shared))
     }
 
     /// True while the queue may start nothing before something of it ends.
     #[inline]
     #[must_use]
     pub fn holds_back(&self, share: &Share, now_ns: u64) -> bool {
-        self.is_shared(share, now_ns) && self.headroom_bytes(share) == 0
+        self.headroom_bytes(share, self.is_shared(share, now_ns)) == 0
     }
 
     /// The channel has taken requests with this much data.
@@ -290,6 +288,12 @@ mod tests {
         fair.begin(&mut hog, u64::MAX);
         assert_eq!(fair.intake_bytes(&hog, u64::MAX), PASS_BYTES_MAX);
         assert_eq!(fair.intake_bytes(&hog, 5), 5);
+        fair.end(&mut hog);
+        // But not without end: who wakes up later has to wait behind it.
+        fair.started(&mut hog, FAIR_INFLIGHT_ALONE_BYTES / 2);
+        assert!(fair.holds_back(&hog, u64::MAX) && !fair.holds_back(&other, u64::MAX));
+        fair.begin(&mut hog, u64::MAX);
+        assert_eq!(fair.intake_bytes(&hog, u64::MAX), 0);
     }
 
     #[test]
