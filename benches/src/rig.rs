@@ -176,7 +176,7 @@ impl<F: Format> WorkerRig<F> {
     ) -> anyhow::Result<WorkerRig<F>> {
         let guest = Guest::new(indirect);
         let mut cx = ReactorCx::new(ring)?;
-        let channel = bdev.open_channel()?(&mut cx.io)?;
+        let channel = bdev.open_channel(None)?(&mut cx.io)?;
         let mut worker = QueueWorker::new(WorkerParts {
             queue: guest.queue()?,
             tracking: NoTracking,

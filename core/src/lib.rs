@@ -7,6 +7,7 @@
 //! **Invariant:** nothing here knows vhost-user, virtqueues or a particular device.
 
 pub mod bdev;
+pub mod cross;
 pub mod io;
 pub mod limits;
 pub mod mem;

@@ -132,6 +132,19 @@ pub const BLOCK_LOCK_BUCKETS: usize = 256;
 /// The span of a disk that shares one block lock.
 pub const BLOCK_LOCK_SPAN_BYTES: u64 = 1 << 20;
 
+/// Requests that one channel may have out at an owner on another reactor, and slots of each of its two rings: as many as
+/// a uring channel has.
+pub const CROSS_SLOTS: u32 = 256;
+
+/// Crossed channels of one device queue: the queues of two controllers, as the old ones may linger.
+pub const CROSS_LINKS_MAX: usize = 2 * CONTROLLER_QUEUES_MAX as usize;
+
+/// Requests in the owner's channel that each requester is guaranteed, where the channel is large enough: a guest with
+/// little to do is not to wait behind one that fills every device.
+pub const CROSS_ROOM_MIN: usize = 16;
+
+const _: () = assert!(CROSS_SLOTS.is_power_of_two() && CROSS_SLOTS as usize >= BATCH_REQUESTS_MAX);
+const _: () = assert!(CROSS_SLOTS as usize <= QUEUE_INFLIGHT_MAX);
 const _: () = assert!(BATCH_SEGMENTS_MAX >= CHAIN_DESCRIPTORS_MAX);
 const _: () = assert!(CHAIN_DESCRIPTORS_MAX >= QUEUE_SIZE_MAX as usize);
 const _: () = assert!(SEGMENTS_MEDIUM < CHAIN_DESCRIPTORS_MAX);

@@ -39,7 +39,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut ring = Ring::new(&[])?;
     ring.enable()?;
     let mut cx = ReactorCx::new(Some(ring))?;
-    let mut channel = bdev.open_channel()?(&mut cx.io)?;
+    let mut channel = bdev.open_channel(None)?(&mut cx.io)?;
     let table = MemTable::anonymous(GuestAddr(0), depth * 4096)?;
     let mut entropy = Entropy::seeded(1);
     let blocks_count = bdev.info().size_bytes() / 4096;

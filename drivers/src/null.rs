@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use ringmill_core::IoStatus;
 use ringmill_core::bdev::{Bdev, BdevError, BdevInfo, ChannelSeed, Geometry, InstantChannel};
+use ringmill_core::reactor::ReactorHandle;
 use uuid::Uuid;
 
 use crate::GateChannel;
@@ -70,7 +71,7 @@ impl Bdev for NullBdev {
         &self.info
     }
 
-    fn open_channel(&self) -> Result<ChannelSeed, BdevError> {
+    fn open_channel(&self, _home: Option<&ReactorHandle>) -> Result<ChannelSeed, BdevError> {
         let channel =
             Box::new(GateChannel::new(InstantChannel::new(IoStatus::Ok), Arc::clone(&self.info)));
         Ok(Box::new(move |_io| Ok(channel)))

@@ -6,11 +6,14 @@ mod media;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use media::{disk_dir, image, open, options};
 use ringmill_core::bdev::Bdev;
 use ringmill_core::bdev::conformance::TestBed;
+use ringmill_core::cross::CrossBdev;
 use ringmill_core::io::{IoFlags, IoOp};
+use ringmill_core::reactor::{IdlePolicy, Message, ReactorConfig, ReactorHandle, spawn};
 use ringmill_drivers::malloc::{MallocBdev, MallocOptions};
 use ringmill_drivers::null::{NullBdev, NullOptions};
 use ringmill_drivers::uring::CacheMode;
@@ -92,4 +95,44 @@ fn uring_allocates_nothing() {
     for cache in [CacheMode::None, CacheMode::WriteBack] {
         allocates_nothing(open(&options(&image(&dir, 32 << 20), cache)));
     }
+}
+
+/// Allocations of the thread that a reactor runs on; the message itself allocates nothing there.
+fn allocations_of(reactor: &ReactorHandle) -> u64 {
+    let (count, answered) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+    let (to, done) = (Arc::clone(&count), Arc::clone(&answered));
+    let message: Message = Box::new(move |_| {
+        to.store(ALLOCATIONS.with(Cell::get), Ordering::Relaxed);
+        done.store(true, Ordering::Release);
+    });
+    assert!(reactor.send(message).is_ok());
+    while !answered.load(Ordering::Acquire) {
+        std::thread::yield_now();
+    }
+    count.load(Ordering::Relaxed)
+}
+
+fn crossing_allocates_nothing(inner: Arc<dyn Bdev>) {
+    // One that sleeps whenever it can, so that waking it is part of what is looked at.
+    let idle = IdlePolicy::Adaptive { spin_ns: 0 };
+    let owner = spawn(&ReactorConfig { core: None, idle, io_wq_cpus: Vec::new() }).unwrap();
+    let bdev = CrossBdev::new(inner, vec![owner.clone()]).unwrap();
+    let mut bed = TestBed::new(&bdev);
+    load(&mut bed, 200);
+    let owners_before = allocations_of(&owner);
+    let before = ALLOCATIONS.with(Cell::get);
+    load(&mut bed, 1000);
+    assert_eq!(ALLOCATIONS.with(Cell::get) - before, 0, "allocations by the requester");
+    assert_eq!(allocations_of(&owner) - owners_before, 0, "allocations by the owner");
+    bed.finish();
+    drop(bdev);
+    owner.stop();
+}
+
+#[test]
+fn crossing_to_another_reactor_allocates_nothing_on_either_side() {
+    let ram = MallocOptions { blocks_count: 1 << 16, block_bytes: 512, uuid: None };
+    crossing_allocates_nothing(Arc::new(MallocBdev::new("malloc", &ram).unwrap()));
+    let dir = disk_dir();
+    crossing_allocates_nothing(open(&options(&image(&dir, 32 << 20), CacheMode::None)));
 }

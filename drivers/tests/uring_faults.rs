@@ -254,7 +254,7 @@ fn long_transfers_go_in_pieces_beside_a_light_queue() {
     let mut ring = Ring::new(&[]).unwrap();
     ring.enable().unwrap();
     let mut cx = ReactorCx::new(Some(ring)).unwrap();
-    let mut channel = bdev.open_channel().unwrap()(&mut cx.io).unwrap();
+    let mut channel = bdev.open_channel(None).unwrap()(&mut cx.io).unwrap();
     let memory = MemTable::anonymous(GuestAddr(0), 4 << 20).unwrap();
     let (mut hog, light) = (cx.io.fair.join(), cx.io.fair.join());
     cx.io.fair.served_all(&light, 0);

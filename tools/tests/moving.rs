@@ -265,8 +265,8 @@ impl Bdev for Moody {
         self.ram.info()
     }
 
-    fn open_channel(&self) -> Result<ChannelSeed, BdevError> {
-        let (seed, refusals) = (self.ram.open_channel()?, Arc::clone(&self.refusals));
+    fn open_channel(&self, home: Option<&ReactorHandle>) -> Result<ChannelSeed, BdevError> {
+        let (seed, refusals) = (self.ram.open_channel(home)?, Arc::clone(&self.refusals));
         Ok(Box::new(move |io| {
             let refuse = |n: u32| n.checked_sub(1);
             if refusals.fetch_update(Ordering::Relaxed, Ordering::Relaxed, refuse).is_ok() {

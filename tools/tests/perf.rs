@@ -260,8 +260,14 @@ fn bdevs_are_driven_without_a_daemon() {
         if bdev != "null" {
             let args = ["--bdev", bdev, "-t", "0.2", "-w", "verify", "-o", "4k"];
             assert_eq!(measured(&args, &[])["verify"]["faults"], 0);
+            // And through the rings to a reactor that owns the disk's one queue.
+            let crossed = [&args[..], &["--owner", "0"]].concat();
+            assert_eq!(measured(&crossed, &[])["verify"]["faults"], 0);
         }
     }
+    let output = perf(&["--bdev", "null", "--owner", "0", "-t", "0.2"], &[]);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains("device queue on core 0"), "{said}");
 }
 
 #[test]

@@ -36,7 +36,7 @@ fn memory(data_bytes: usize) -> GuestMemory {
 
 /// A queue on a context of the test's, with a channel into `disk`.
 fn queue(cx: &mut ReactorCx, disk: &MallocBdev, data_bytes: usize) -> Bench {
-    let channel = disk.open_channel().expect("a seed")(&mut cx.io).expect("a channel");
+    let channel = disk.open_channel(None).expect("a seed")(&mut cx.io).expect("a channel");
     let mut bench = Bench::with(Setup::default(), memory(data_bytes), move |_| channel);
     // Bench has attached it to a context of its own.
     bench.worker.detach(&mut bench.cx);

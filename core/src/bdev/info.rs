@@ -11,7 +11,7 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use crate::limits::{BLOCK_BYTES_MAX, SECTOR_BYTES};
-use crate::reactor::{IoCx, RingError};
+use crate::reactor::{IoCx, ReactorHandle, RingError};
 
 use super::Channel;
 
@@ -183,11 +183,17 @@ pub trait Bdev: Any + Send + Sync {
     /// Its properties.
     fn info(&self) -> &Arc<BdevInfo>;
 
-    /// Prepares a channel; the seed is planted on the reactor.
+    /// Prepares a channel for `home`; the seed is planted on that reactor and no other. `None` stands for a thread of tests
+    /// or tools that plays reactor and never sleeps. For control threads.
     ///
     /// # Errors
     /// When memory or descriptors are short.
-    fn open_channel(&self) -> Result<ChannelSeed, BdevError>;
+    fn open_channel(&self, home: Option<&ReactorHandle>) -> Result<ChannelSeed, BdevError>;
+
+    /// The reactor that works on the device for channels of `home`: itself, where the device has a queue for each.
+    fn owner(&self, home: &ReactorHandle) -> ReactorHandle {
+        home.clone()
+    }
 
     /// Looks at the backing store again and returns the new size in blocks (the caller publishes it). Devices whose
     /// size cannot change return the present one.

@@ -257,6 +257,9 @@ impl ReactorHandle {
         &self,
         f: impl FnOnce(&mut Reactor) -> T + Send + 'static,
     ) -> Option<T> {
+        if self.is_stopped() {
+            return None;
+        }
         let (sender, receiver) = std::sync::mpsc::channel();
         self.send(Box::new(move |reactor| {
             let _ = sender.send(f(reactor));
@@ -265,7 +268,9 @@ impl ReactorHandle {
         receiver.recv_timeout(Duration::from_secs(5)).ok()
     }
 
-    fn wake(&self) {
+    /// After something was published for it: wakes it if it sleeps.
+    #[inline]
+    pub(crate) fn wake(&self) {
         if self.shared.sleep.must_wake() {
             // An eventfd write fails only at 2^64-1 pending wake-ups, and then the reactor is awake anyway.
             let _ = rustix::io::write(self.shared.wake_fd.as_fd(), &1u64.to_ne_bytes());
@@ -344,6 +349,12 @@ impl ReactorHandle {
         if let Some(thread) = thread {
             let _ = thread.join();
         }
+    }
+
+    /// True once it was told to end.
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
+        self.shared.stop.load(Ordering::Acquire)
     }
 
     /// True when both name the same reactor.

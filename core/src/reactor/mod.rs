@@ -22,3 +22,5 @@ pub use handle::{
 pub use pass::Reactor;
 pub use poller::{Done, Poller, PollerCounters, PollerId, PollerInfo};
 pub use ring::{ClientId, FixedFile, Ring, RingError, RingEvent};
+#[cfg(all(test, loom))]
+pub(crate) use sleep::SleepFlag;

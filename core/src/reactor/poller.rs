@@ -76,8 +76,10 @@ pub trait Poller: Any + Send {
     }
 }
 
-/// What a poller did so far: one writer (its reactor), any reader.
+/// What a poller did so far: one writer (its reactor), any reader. On lines of its own: its neighbour in memory may be
+/// another reactor's, and every pass writes here.
 #[derive(Debug, Default)]
+#[repr(align(128))]
 pub struct PollerCounters {
     runs: AtomicU64,
     busy_runs: AtomicU64,

@@ -11,17 +11,17 @@ use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 /// One sleeper's flag.
 #[derive(Debug)]
-pub(super) struct SleepFlag {
+pub(crate) struct SleepFlag {
     sleeping: AtomicBool,
 }
 
 impl SleepFlag {
-    pub(super) fn new() -> SleepFlag {
+    pub(crate) fn new() -> SleepFlag {
         SleepFlag { sleeping: AtomicBool::new(false) }
     }
 
     /// Sleeper: from now on producers wake. Everything published before a producer's test is visible afterwards.
-    pub(super) fn announce(&self) {
+    pub(crate) fn announce(&self) {
         self.sleeping.store(true, Ordering::Relaxed);
         // Pairs with the fence in `must_wake`.
         fence(Ordering::SeqCst);
@@ -38,7 +38,7 @@ impl SleepFlag {
     }
 
     /// Producer, after publishing: true when the sleeper has to be woken.
-    pub(super) fn must_wake(&self) -> bool {
+    pub(crate) fn must_wake(&self) -> bool {
         // Pairs with the fence in `announce`.
         fence(Ordering::SeqCst);
         self.sleeping.load(Ordering::Relaxed)

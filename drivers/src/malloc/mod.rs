@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use ringmill_core::bdev::{Bdev, BdevError, BdevInfo, ChannelSeed, Geometry};
 use ringmill_core::io::Slots;
+use ringmill_core::reactor::ReactorHandle;
 use uuid::Uuid;
 
 use crate::GateChannel;
@@ -78,7 +79,7 @@ impl Bdev for MallocBdev {
         &self.info
     }
 
-    fn open_channel(&self) -> Result<ChannelSeed, BdevError> {
+    fn open_channel(&self, _home: Option<&ReactorHandle>) -> Result<ChannelSeed, BdevError> {
         let (memory, info) = (Arc::clone(&self.memory), Arc::clone(&self.info));
         let slots = Slots::new(PUNCHES_MAX);
         Ok(Box::new(move |io| {

@@ -26,7 +26,7 @@ use ringmill_core::bdev::{
     AlignChannel, Alignment, Bdev, BdevError, BdevInfo, BlockLocks, ChannelSeed,
 };
 use ringmill_core::io::Slots;
-use ringmill_core::reactor::Clock;
+use ringmill_core::reactor::{Clock, ReactorHandle};
 
 use crate::GateChannel;
 use ability::Abilities;
@@ -145,7 +145,7 @@ impl Bdev for UringBdev {
         &self.info
     }
 
-    fn open_channel(&self) -> Result<ChannelSeed, BdevError> {
+    fn open_channel(&self, _home: Option<&ReactorHandle>) -> Result<ChannelSeed, BdevError> {
         let oldest = Arc::new(OldestStart::new(0));
         {
             let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);

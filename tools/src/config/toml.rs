@@ -34,6 +34,7 @@ const DISK_KEYS: &[&str] = &[
     "cache",
     "controller",
     "cpumask",
+    "device_queues",
     "format",
     "kind",
     "name",
@@ -149,6 +150,9 @@ fn disk(
     bdev.insert("name".to_owned(), name.into());
     if let Some((uuid, _)) = section.text("uuid")? {
         bdev.insert("uuid".to_owned(), uuid.into());
+    }
+    if let Some((queues, _)) = section.number("device_queues")? {
+        bdev.insert("queues".to_owned(), queues.into());
     }
     let method = if backend == "uring" {
         image(section, name, &mut bdev)?;

@@ -87,6 +87,10 @@ pub(super) struct AddArgs {
     /// Most queues offered to the guest
     #[arg(long)]
     queues: Option<u16>,
+    /// Queues of the device: with fewer than reactors, each belongs to one reactor and the others' requests cross to it
+    /// [default: one per reactor]
+    #[arg(long, value_name = "N")]
+    device_queues: Option<u16>,
     /// Use the file as it is, though it looks like qcow2, VMDK, VHDX or VDI
     #[arg(long, requires = "file")]
     raw: bool,
@@ -184,6 +188,9 @@ fn bdev_call(args: &AddArgs) -> Result<(&'static str, Value), CtlError> {
         if args.raw {
             params.insert("format".to_owned(), "raw".into());
         }
+        if let Some(queues) = args.device_queues {
+            params.insert("queues".to_owned(), queues.into());
+        }
         return Ok(("bdev_uring_create", Value::Object(params)));
     }
     let (option, method, text) = match (&args.ram, &args.null) {
@@ -199,8 +206,11 @@ fn bdev_call(args: &AddArgs) -> Result<(&'static str, Value), CtlError> {
             format!("{bytes} bytes are not a positive multiple of the block size, {block_size}"),
         ));
     }
-    let params =
+    let mut params =
         json!({ "name": args.name, "num_blocks": bytes / block_size, "block_size": block_size });
+    if let (Some(queues), Some(params)) = (args.device_queues, params.as_object_mut()) {
+        params.insert("queues".to_owned(), queues.into());
+    }
     Ok((method, params))
 }
 

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 use ringmill_core::bdev::{Bdev, BdevError, Registry, RegistryError};
+use ringmill_core::cross::CrossBdev;
 use ringmill_core::io::IoOp;
 use ringmill_core::reactor::{self, ReactorHandle, tick_rate, ticks_now};
 use ringmill_core::stats::{LatencySnapshot, Stage};
@@ -88,6 +89,8 @@ pub struct DaemonEngine {
     pub jobs: Jobs<DaemonEngine>,
     sockets: SocketSettings,
     next_controller: u64,
+    /// The reactor that owns the next device queue, where a disk has fewer than there are reactors.
+    next_owner: usize,
     opening: Vec<String>,
     deletions: HashMap<String, Deletion>,
     bdev_deletions: Vec<(String, Token)>,
@@ -173,6 +176,7 @@ impl DaemonEngine {
             jobs: Jobs::new()?,
             sockets,
             next_controller: 1,
+            next_owner: 0,
             opening: Vec::new(),
             deletions: HashMap::new(),
             bdev_deletions: Vec::new(),
@@ -323,10 +327,27 @@ impl DaemonEngine {
         Ok(())
     }
 
+    /// A disk with so many device queues: with fewer than reactors each gets an owner, the next reactor in turn.
+    fn with_queues(
+        &mut self,
+        bdev: Arc<dyn Bdev>,
+        queues: u16,
+    ) -> Result<Arc<dyn Bdev>, EngineError> {
+        let (queues, reactors) = (usize::from(queues), self.reactors.len());
+        if queues == 0 || queues >= reactors {
+            return Ok(bdev);
+        }
+        let first = self.next_owner;
+        let owners = (0..queues).map(|at| self.reactors[(first + at) % reactors].clone());
+        let crossed = CrossBdev::new(bdev, owners.collect()).map_err(|e| bdev_error(&e))?;
+        self.next_owner = (first + queues) % reactors;
+        Ok(Arc::new(crossed))
+    }
+
     /// Opens an image on a thread of its own.
     fn open_image(&mut self, spec: &BdevSpec, options: UringOptions, token: Token) -> Started {
         let name = spec.name.clone();
-        let cache = options.cache;
+        let (cache, queues) = (options.cache, spec.device_queues);
         let job_name = name.clone();
         let job = move || -> Applied<DaemonEngine> {
             let opened = UringBdev::open_patiently(&name, &options, LOCK_PATIENCE);
@@ -341,7 +362,7 @@ impl DaemonEngine {
                         lock: if geometry.read_only { "shared" } else { "exclusive" },
                         align_bytes: geometry.block_bytes,
                     };
-                    let bdev: Arc<dyn Bdev> = Arc::new(bdev);
+                    let bdev = engine.with_queues(Arc::new(bdev), queues)?;
                     engine.add_disk(Disk {
                         name,
                         bdev,
@@ -441,7 +462,7 @@ impl Engine for DaemonEngine {
             &BackendSpec::Null { block_size, blocks_count } => {
                 let options = NullOptions { blocks_count, block_bytes: block_size, uuid };
                 let null = Arc::new(NullBdev::new(&name, &options).map_err(|e| bdev_error(&e))?);
-                let bdev: Arc<dyn Bdev> = Arc::<NullBdev>::clone(&null);
+                let bdev = self.with_queues(Arc::<NullBdev>::clone(&null), spec.device_queues)?;
                 self.add_disk(Disk {
                     name,
                     bdev,
@@ -452,8 +473,8 @@ impl Engine for DaemonEngine {
             }
             &BackendSpec::Malloc { block_size, blocks_count } => {
                 let options = MallocOptions { blocks_count, block_bytes: block_size, uuid };
-                let bdev: Arc<dyn Bdev> =
-                    Arc::new(MallocBdev::new(&name, &options).map_err(|e| bdev_error(&e))?);
+                let bdev = MallocBdev::new(&name, &options).map_err(|e| bdev_error(&e))?;
+                let bdev = self.with_queues(Arc::new(bdev), spec.device_queues)?;
                 self.add_disk(Disk {
                     name,
                     bdev,

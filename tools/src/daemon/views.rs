@@ -122,6 +122,7 @@ pub(super) fn controller_info(controller: &Controller, pin: PinMode) -> Controll
                         index: queue.index,
                         size: queue.size,
                         core: queue.core,
+                        device_core: queue.device_core,
                         avail_index: u16::try_from(avail & 0xffff).unwrap_or(0),
                         used_index: u16::try_from(used & 0xffff).unwrap_or(0),
                         inflight_count,

@@ -34,6 +34,7 @@ const IO_BYTES_MAX: u64 = 64 << 20;
         ringmill-perf a.sock,o=1m,q=1024 b.sock,q=1                  a bulk reader beside a quiet neighbour\n  \
         ringmill-perf busy.sock idle1.sock,idle idle2.sock,idle      a busy disk among idle ones\n  \
         ringmill-perf --bdev file:/dev/nvme1n1 -q 128                the uring driver alone, without vhost\n  \
+        ringmill-perf --bdev null --core 0 --owner 1 -q 32           the same over the rings to another core\n  \
         ringmill-perf --floor 1 --core 0 -q 128                      the most that this machine and client can do\n\n\
         writes and verify DESTROY what is on the disks.",
     group = ArgGroup::new("target").required(true).multiple(false).args(["sockets", "bdev", "floor"])
@@ -46,6 +47,9 @@ pub struct Cli {
     /// Load a bdev inside this program instead: null, malloc:SIZE or file:PATH.
     #[arg(long, value_name = "BDEV", value_parser = bdev)]
     pub bdev: Option<BdevChoice>,
+    /// The bdev has one device queue, which a reactor on this core owns: what it costs to cross over to it.
+    #[arg(long, value_name = "CORE", requires = "bdev")]
+    pub owner: Option<u32>,
     /// Load a bare loop on this core instead: no checks, no records, no medium.
     #[arg(long, value_name = "CORE")]
     pub floor: Option<u32>,
@@ -216,6 +220,9 @@ impl Cli {
                 "--bdev is driven through one channel and has no rings: leave -n, --packed and --indirect out",
             );
         }
+        if self.owner.is_some() && self.owner == self.core {
+            return wrong("--owner and --core name the same core: each polls on one of its own");
+        }
         if self.floor.is_some() && self.workload == Work::Verify {
             return wrong("--floor stores nothing: verify needs a disk");
         }
@@ -288,6 +295,8 @@ mod tests {
             (&["-t", "0", "a"], "measures nothing"),
             (&["--bdev", "disk"], "none of null"),
             (&["--bdev", "null", "-n", "2"], "one channel"),
+            (&["--owner", "1", "a"], "--bdev"),
+            (&["--bdev", "null", "--owner", "1", "--core", "1"], "same core"),
             (&["--floor", "1", "-w", "verify"], "stores nothing"),
             (&["--floor", "1", "--core", "1"], "same core"),
             (&["--pass", "fill", "a"], "-w verify"),

@@ -4,18 +4,76 @@
 //! Owner: the load's thread, which plays reactor: context, io_uring and channel are its own. **Invariant:** what the
 //! channel does not take stays in order and is offered again at the next poll.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use ringmill_core::bdev::{Bdev, Channel};
+use ringmill_core::cross::CrossBdev;
 use ringmill_core::io::{BatchView, Completions, IoFlags, IoOp, IoRequest, Tag};
 use ringmill_core::limits::BATCH_REQUESTS_MAX;
 use ringmill_core::mem::Segment;
-use ringmill_core::reactor::{ReactorCx, Ring};
+use ringmill_core::reactor::{
+    IdlePolicy, ReactorConfig, ReactorCx, ReactorHandle, ReactorStats, Ring, spawn,
+};
+use ringmill_core::units::CoreId;
 
 use super::PerfError;
 use super::memory::LoadMemory;
 use super::port::Port;
 use super::slots::Op;
+
+/// The reactor that owns the one device queue of a bdev; stopped when dropped, after the bdev.
+#[derive(Debug)]
+pub(crate) struct Owner {
+    reactor: ReactorHandle,
+    bdev: Weak<CrossBdev>,
+    before: ReactorStats,
+}
+
+impl Owner {
+    /// Starts one on `core` that never sleeps. Before this thread is pinned: a thread can only be pinned to a core that
+    /// its parent may use.
+    #[cold]
+    pub(crate) fn start(core: u32) -> Result<Owner, PerfError> {
+        let core = Some(CoreId(core));
+        let config = ReactorConfig { core, idle: IdlePolicy::Poll, io_wq_cpus: Vec::default() };
+        let reactor = spawn(&config).map_err(|error| PerfError::Bdev(error.to_string()))?;
+        let before = reactor.stats();
+        Ok(Owner { reactor, bdev: Weak::new(), before })
+    }
+
+    /// Gives it the device queue of `bdev`.
+    #[cold]
+    pub(crate) fn own(&mut self, bdev: Arc<dyn Bdev>) -> Result<Arc<dyn Bdev>, PerfError> {
+        let crossed = CrossBdev::new(bdev, Vec::from([self.reactor.clone()]));
+        let crossed = Arc::new(crossed.map_err(|error| PerfError::Bdev(error.to_string()))?);
+        self.bdev = Arc::downgrade(&crossed);
+        self.before = self.reactor.stats();
+        Ok(crossed)
+    }
+
+    /// For the report: what a request has cost on the owner's core.
+    #[cold]
+    pub(crate) fn text(&self) -> String {
+        let facts = self.bdev.upgrade().map(|bdev| bdev.driver_facts()).unwrap_or_default();
+        let number = |wanted: &str| {
+            let found = facts.iter().find(|(name, _)| *name == wanted);
+            found.and_then(|(_, value)| value.parse::<u64>().ok()).unwrap_or(0)
+        };
+        let (requests, batches) = (number("crossed_requests"), number("crossed_batches"));
+        let busy_ticks = self.reactor.stats().busy_ticks.saturating_sub(self.before.busy_ticks);
+        let core = self.reactor.core().map_or(0, |core| core.0);
+        format!(
+            "device queue on core {core}: {requests} requests in {batches} batches, {} busy ticks of it each",
+            busy_ticks / requests.max(1)
+        )
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.reactor.stop();
+    }
+}
 
 /// A channel and what it needs.
 pub(crate) struct BdevPort {
@@ -59,7 +117,7 @@ impl BdevPort {
         let mut ring = Ring::new(&[]).map_err(|error| failed(&error))?;
         ring.enable().map_err(|error| failed(&error))?;
         let mut cx = ReactorCx::new(Some(ring)).map_err(|error| failed(&error))?;
-        let seed = bdev.open_channel().map_err(|error| failed(&error))?;
+        let seed = bdev.open_channel(None).map_err(|error| failed(&error))?;
         let channel = seed(&mut cx.io).map_err(|error| failed(&error))?;
         Ok(BdevPort {
             cx,

@@ -20,7 +20,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::PerfError;
 use super::args::{BdevChoice, Cli, PassChoice, Work, ns};
 use super::bar::Bar;
-use super::bdev::BdevPort;
+use super::bdev::{BdevPort, Owner};
 use super::engine::{Io, Lane, Plan, Progress, Workload, run};
 use super::floor::{BareDevice, Floor};
 use super::frontend::{Frontend, RingPlace};
@@ -104,9 +104,13 @@ impl Disk {
 }
 
 /// Runs what the options say.
-pub(super) fn drive(cli: &Cli, stop: &Arc<AtomicBool>) -> Result<Report, PerfError> {
+pub(super) fn drive(
+    cli: &Cli,
+    owner: Option<Owner>,
+    stop: &Arc<AtomicBool>,
+) -> Result<Report, PerfError> {
     match (&cli.bdev, cli.floor) {
-        (Some(choice), _) => drive_bdev(cli, choice, stop),
+        (Some(choice), _) => drive_bdev(cli, choice, owner, stop),
         (None, Some(core)) if cli.packed => drive_floor(cli, core, PackedRing::new, stop),
         (None, Some(core)) => drive_floor(cli, core, SplitRing::new, stop),
         (None, None) if cli.packed => drive_sockets(cli, PackedRing::new, stop),
@@ -341,8 +345,16 @@ fn open_bdev(choice: &BdevChoice) -> Result<Arc<dyn Bdev>, PerfError> {
     })
 }
 
-fn drive_bdev(cli: &Cli, choice: &BdevChoice, stop: &Arc<AtomicBool>) -> Result<Report, PerfError> {
-    let bdev = open_bdev(choice)?;
+fn drive_bdev(
+    cli: &Cli,
+    choice: &BdevChoice,
+    mut owner: Option<Owner>,
+    stop: &Arc<AtomicBool>,
+) -> Result<Report, PerfError> {
+    let mut bdev = open_bdev(choice)?;
+    if let Some(owner) = &mut owner {
+        bdev = owner.own(bdev)?;
+    }
     let info = Arc::clone(bdev.info());
     let geometry = info.geometry();
     let name = match choice {
@@ -362,6 +374,9 @@ fn drive_bdev(cli: &Cli, choice: &BdevChoice, stop: &Arc<AtomicBool>) -> Result<
     }
     let mut report = load(cli, &mut lanes, &disks, &[0], stop, &|| None)?;
     report.memory = memory;
+    if let Some(owner) = &owner {
+        report.memory = format!("{}; {}", report.memory, owner.text());
+    }
     Ok(report)
 }
 

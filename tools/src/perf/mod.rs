@@ -85,11 +85,12 @@ pub fn main(cli: &Cli) -> Result<ExitCode, PerfError> {
             .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&stop)));
         registered.map_err(|error| PerfError::Options(format!("cannot catch signals: {error}")))?;
     }
+    let owner = cli.owner.map(bdev::Owner::start).transpose()?;
     if let Some(core) = cli.core {
         pin_to(core)?;
     }
     open_many();
-    let report = drive::drive(cli, &stop)?;
+    let report = drive::drive(cli, owner, &stop)?;
     if let Some(path) = &cli.hlog {
         let failed =
             |why: String| PerfError::Options(format!("cannot write {}: {why}", path.display()));

@@ -132,8 +132,10 @@ fn create(call: Call<'_>, method: &'static str, backend: BackendSpec) -> Result<
     params.insert("name".to_owned(), name.clone().into());
     params.insert("uuid".to_owned(), uuid.to_string().into());
     let entry = Entry { subsystem: "bdev", object: name.clone(), method, params };
-    let started =
-        call.engine.create_bdev(BdevSpec { name: name.clone(), uuid, backend }, call.token);
+    let device_queues = call.params.number("queues").unwrap_or(0);
+    let device_queues = u16::try_from(device_queues).unwrap_or(u16::MAX);
+    let spec = BdevSpec { name: name.clone(), uuid, backend, device_queues };
+    let started = call.engine.create_bdev(spec, call.token);
     call.conclude(started, Value::String(name), vec![Change::Put(entry)])
 }
 

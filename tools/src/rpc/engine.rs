@@ -132,6 +132,8 @@ pub struct BdevSpec {
     pub uuid: Uuid,
     /// What is behind it.
     pub backend: BackendSpec,
+    /// Device queues, each owned by one reactor; 0: one per reactor.
+    pub device_queues: u16,
 }
 
 /// What is behind a new bdev.
@@ -428,6 +430,8 @@ pub struct QueueInfo {
     pub size: u16,
     /// The core that serves it; `None` when stopped.
     pub core: Option<u32>,
+    /// The core that works on the device for it; another one where the bdev has fewer queues than there are reactors.
+    pub device_core: Option<u32>,
     /// Driver's index as last seen.
     pub avail_index: u16,
     /// Device's index as last published.

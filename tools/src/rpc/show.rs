@@ -119,6 +119,7 @@ fn queue(info: &QueueInfo) -> Value {
         "index": info.index,
         "size": info.size,
         "lcore": info.core,
+        "device_lcore": info.device_core,
         "avail_index": info.avail_index,
         "used_index": info.used_index,
         "inflight": info.inflight_count,

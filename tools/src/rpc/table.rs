@@ -22,6 +22,14 @@ const UUID: Param = Param::may("uuid", Kind::Text, "made up", "UUID of the bdev"
 const NUM_BLOCKS: Param = Param::must("num_blocks", Kind::Number(ANY), "size in blocks");
 const FILENAME: Param =
     Param::must("filename", Kind::Text, "path of the image or block device, on the daemon's host");
+/// Most device queues that mean anything.
+const DEVICE_QUEUES_MAX: u64 = ringmill_core::limits::CORES_MAX as u64;
+const DEVICE_QUEUES: Param = Param::may(
+    "queues",
+    Kind::Number(DEVICE_QUEUES_MAX),
+    "0, one per reactor",
+    "device queues: with fewer than reactors, requests cross to the reactors that own them",
+);
 const CACHE: Param = Param::may(
     "cache",
     Kind::Word(&CacheMode::NAMES),
@@ -169,6 +177,7 @@ pub const METHODS: &[Method] = &[
             NUM_BLOCKS,
             Param::must("block_size", Kind::Number(U32), "bytes per block: 512 or 4096"),
             UUID,
+            DEVICE_QUEUES,
             Param::unsupported("physical_block_size"),
             Param::unsupported("md_size"),
             Param::unsupported("md_interleave"),
@@ -198,6 +207,7 @@ pub const METHODS: &[Method] = &[
             NUM_BLOCKS,
             Param::must("block_size", Kind::Number(U32), "bytes per block: 512 or 4096"),
             UUID,
+            DEVICE_QUEUES,
             Param::unsupported("physical_block_size"),
             Param::unsupported("optimal_io_boundary"),
             Param::unsupported("md_size"),
@@ -218,7 +228,7 @@ pub const METHODS: &[Method] = &[
         "bdev_uring_create",
         "Opens a file or block device through io_uring",
         bdev::create_uring,
-        [NAME, FILENAME, IMAGE_BLOCK_SIZE, UUID, IMAGE_READONLY, CACHE, FORMAT,]
+        [NAME, FILENAME, IMAGE_BLOCK_SIZE, UUID, IMAGE_READONLY, CACHE, FORMAT, DEVICE_QUEUES,]
     ),
     method!("bdev_uring_delete", "Closes a file or block device", bdev::delete_uring, [NAME]),
     method!(
@@ -241,6 +251,7 @@ pub const METHODS: &[Method] = &[
             Param::unsupported("nowait"),
             CACHE,
             FORMAT,
+            DEVICE_QUEUES,
         ]
     ),
     method!("bdev_aio_delete", "The same as bdev_uring_delete", bdev::delete_uring, [NAME]),

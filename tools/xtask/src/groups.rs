@@ -129,7 +129,7 @@ pub(crate) fn guest(root: &Path, filter: Option<&str>, server: Option<&str>) -> 
     run_guests(root, filter, &env)
 }
 
-/// Model-checks the sleep handshake. Everything is built anew with loom's types, in a directory of its own.
+/// Model-checks the sleep handshake and the rings between reactors. Everything is built anew with loom's types, in a directory of its own.
 fn loom(root: &Path) -> Result<bool> {
     let args = [
         "test",
@@ -139,7 +139,7 @@ fn loom(root: &Path) -> Result<bool> {
         "--target-dir",
         "target/loom",
         "--",
-        "sleep",
+        "loom_tests",
     ];
     cargo(root, &args, &[("RUSTFLAGS", "--cfg loom")])
 }

@@ -85,6 +85,7 @@ mod tests {
     use std::sync::Arc;
 
     use ringmill_core::bdev::{Bdev, BdevError, BdevInfo, ChannelSeed, Geometry};
+    use ringmill_core::reactor::ReactorHandle;
     use virtio_bindings::virtio_blk::{self as linux, virtio_blk_config as Layout};
     use virtio_bindings::virtio_config::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
     use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -98,7 +99,7 @@ mod tests {
             &self.0
         }
 
-        fn open_channel(&self) -> Result<ChannelSeed, BdevError> {
+        fn open_channel(&self, _home: Option<&ReactorHandle>) -> Result<ChannelSeed, BdevError> {
             Err(BdevError::Refused { name: String::new(), reason: String::new() })
         }
     }

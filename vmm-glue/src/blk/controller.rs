@@ -171,6 +171,8 @@ pub struct QueueView {
     pub size: u16,
     /// The core that serves it.
     pub core: Option<u32>,
+    /// The core that works on the device for it: another one where the bdev has fewer queues than there are reactors.
+    pub device_core: Option<u32>,
     /// Its figures.
     pub status: Arc<QueueStatus>,
     /// How long its oldest request has been with the device, nanoseconds, as of the last check.
@@ -387,10 +389,13 @@ impl Controller {
                 let regions = session.map(|s| s.memory().regions()).unwrap_or_default();
                 let queue = |(index, ring): (u16, &Option<Box<super::frontend::RunningRing>>)| {
                     let ring = ring.as_ref()?;
+                    let reactor = ring.poller.as_ref().map(|(_, reactor)| reactor);
+                    let owner = reactor.zip(self.bdev.as_ref()).map(|(r, bdev)| bdev.owner(r));
                     Some(QueueView {
                         index,
                         size: ring.size(),
-                        core: ring.poller.as_ref().and_then(|(_, r)| r.core()).map(|c| c.0),
+                        core: reactor.and_then(ReactorHandle::core).map(|c| c.0),
+                        device_core: owner.and_then(|o| o.core()).map(|c| c.0),
                         status: self.shared.status(index)?,
                         oldest_age_ns: ring.oldest_age_ns,
                         stuck_count: ring.stuck_count,

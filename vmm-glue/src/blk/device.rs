@@ -193,7 +193,10 @@ impl QueueState {
 }
 
 /// A queue's figures, written by its reactor and read by control threads.
+///
+/// On lines of its own: its neighbour in memory may be another reactor's queue.
 #[derive(Debug)]
+#[repr(align(128))]
 pub struct QueueStatus {
     /// Counters and stage times.
     pub stats: Arc<QueueStats>,

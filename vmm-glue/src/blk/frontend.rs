@@ -255,7 +255,8 @@ impl FrontEnd {
                 events.send(number, EventKind::Worker { vid, index, event })
             }),
         };
-        let seed = match self.bdev.as_ref().map(|bdev| bdev.open_channel()) {
+        let reactor = self.shared.reactor_of(index);
+        let seed = match self.bdev.as_ref().map(|bdev| bdev.open_channel(Some(&reactor))) {
             Some(Ok(seed)) => Some(seed),
             Some(Err(error)) => {
                 tracing::error!(controller = %self.shared.name, "queue {index}: every request will fail: {error}");
@@ -269,7 +270,6 @@ impl FrontEnd {
             self.signal_error(index);
             return;
         };
-        let reactor = self.shared.reactor_of(index);
         let id = PollerId::next();
         let name = format!("{}:{index}", self.shared.name);
         if reactor.add_poller(id, &name, 0, worker) {

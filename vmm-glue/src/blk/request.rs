@@ -272,6 +272,7 @@ mod tests {
 
     use ringmill_core::bdev::{Bdev, BdevError, BdevInfo, ChannelSeed, Geometry};
     use ringmill_core::mem::total_bytes;
+    use ringmill_core::reactor::ReactorHandle;
 
     use super::*;
     use crate::sim::{Buffer, Dice, GuestMemory};
@@ -286,7 +287,7 @@ mod tests {
             &self.0
         }
 
-        fn open_channel(&self) -> Result<ChannelSeed, BdevError> {
+        fn open_channel(&self, _home: Option<&ReactorHandle>) -> Result<ChannelSeed, BdevError> {
             Err(BdevError::Refused { name: String::new(), reason: String::new() })
         }
     }

@@ -49,7 +49,8 @@ struct InFlight {
     submitted_ns: u64,
 }
 
-/// One queue's worker.
+/// One queue's worker, on lines of its own: its neighbour in memory may be another reactor's.
+#[repr(align(128))]
 pub struct QueueWorker<V, T> {
     parts: WorkerParts<V, T>,
     state: QueueState,

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use ringmill_core::bdev::{Bdev, BdevError, BdevInfo, Channel, ChannelSeed, Geometry, Room};
 use ringmill_core::io::{BatchView, Completion, Completions, IoFlags, IoOp, IoRequest};
 use ringmill_core::mem::{Segment, pieces, total_bytes};
-use ringmill_core::reactor::IoCx;
+use ringmill_core::reactor::{IoCx, ReactorHandle};
 use ringmill_core::status::IoStatus;
 use ringmill_core::units::{bytes_u64, index, usize_of};
 
@@ -357,7 +357,7 @@ impl Bdev for ModelBdev {
         &self.info
     }
 
-    fn open_channel(&self) -> Result<ChannelSeed, BdevError> {
+    fn open_channel(&self, _home: Option<&ReactorHandle>) -> Result<ChannelSeed, BdevError> {
         let name = self.info.name().to_owned();
         Err(BdevError::Refused { name, reason: "the simulator hands out channels".to_owned() })
     }

@@ -10,7 +10,7 @@ use ringmill_core::bdev::{
 };
 use ringmill_core::io::{BatchView, Completion, Completions, IoOp, IoRequest};
 use ringmill_core::limits::QUEUE_INFLIGHT_MAX;
-use ringmill_core::reactor::{IoCx, Poller, ReactorCx};
+use ringmill_core::reactor::{IoCx, Poller, ReactorCx, ReactorHandle};
 use ringmill_core::spec::virtio_blk as spec;
 use ringmill_core::stats::QueueStats;
 use ringmill_core::status::IoStatus;
@@ -33,7 +33,7 @@ impl Bdev for BenchBdev {
         &self.0
     }
 
-    fn open_channel(&self) -> Result<ChannelSeed, BdevError> {
+    fn open_channel(&self, _home: Option<&ReactorHandle>) -> Result<ChannelSeed, BdevError> {
         Err(BdevError::Refused { name: "bench".to_owned(), reason: "not needed".to_owned() })
     }
 }

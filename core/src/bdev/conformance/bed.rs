@@ -50,7 +50,7 @@ impl TestBed {
         let mut ring = Ring::new(&[]).expect("io_uring");
         ring.enable().expect("an enabled ring");
         let mut cx = ReactorCx::new(Some(ring)).expect("memory for a context");
-        let seed = bdev.open_channel().expect("a channel seed");
+        let seed = bdev.open_channel(None).expect("a channel seed");
         let channel = seed(&mut cx.io).expect("a channel");
         let memory = MemTable::anonymous(GuestAddr(0), ARENAS * ARENA_BYTES).expect("memory");
         let ledger = Slots::new(QUEUE_INFLIGHT_MAX);

@@ -96,8 +96,8 @@ impl FrontEnd {
             .collect()
     }
 
-    fn open_channel(&self) -> Result<Option<ChannelSeed>, BdevError> {
-        self.bdev.as_ref().map(|bdev| bdev.open_channel()).transpose()
+    fn open_channel(&self, home: &ReactorHandle) -> Result<Option<ChannelSeed>, BdevError> {
+        self.bdev.as_ref().map(|bdev| bdev.open_channel(Some(home))).transpose()
     }
 
     /// Finds the queues that are not where they belong. One without a way into the bdev there stays.
@@ -105,10 +105,11 @@ impl FrontEnd {
         for index in (0..self.shared.queues_max).filter(|&i| a_move.only.is_none_or(|o| o == i)) {
             let ring = self.rings[usize::from(index)].as_ref();
             let Some((_, reactor)) = ring.and_then(|r| r.poller.as_ref()) else { continue };
-            if reactor.same(&self.shared.reactor_of(index)) {
+            let home = self.shared.reactor_of(index);
+            if reactor.same(&home) {
                 continue;
             }
-            match self.open_channel() {
+            match self.open_channel(&home) {
                 Ok(seed) => drop(a_move.seeds.insert(index, seed)),
                 Err(error) => {
                     self.shared.stay(index, reactor);
@@ -256,10 +257,14 @@ impl FrontEnd {
 
     /// Sends a worker back where it came from, and lets it stay there.
     fn put_back(&mut self, index: u16, why: &str) {
-        let seed = self.open_channel();
+        let ring = self.rings[usize::from(index)].as_ref();
+        let Some(from) = ring.and_then(|r| r.transit.as_ref()).map(|t| t.from.clone()) else {
+            return;
+        };
+        let seed = self.open_channel(&from);
         let ring = self.rings[usize::from(index)].as_mut();
         let Some(transit) = ring.and_then(|r| r.transit.as_mut()) else { return };
-        let (to, from) = (transit.to.clone(), transit.from.clone());
+        let to = transit.to.clone();
         transit.to = from.clone();
         to.forget_poller(transit.id);
         self.shared.stay(index, &from);
