@@ -9,7 +9,7 @@
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use io_uring::types::FsyncFlags;
+use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{opcode, squeue};
 use ringmill_core::io::{Slots, Tag};
 use ringmill_core::mem::{Segment, SegmentList, as_iovecs};
@@ -172,30 +172,14 @@ impl<T> Flights<T> {
         let (entry, piece_bytes) = match cut(segments, limit) {
             // Also the way of a list that ran out: nothing is moved, which the channel takes for an error.
             Cut::One(host, len) => {
-                let pointer = host as *mut u8;
-                let entry = match direction {
-                    Direction::Read => {
-                        opcode::Read::new(file, pointer, len).offset(offset_bytes).build()
-                    }
-                    Direction::Write(flags) => opcode::Write::new(file, pointer, len)
-                        .offset(offset_bytes)
-                        .rw_flags(flags)
-                        .build(),
-                };
+                let slot = segments.first().and_then(|first| ring.fixed_slot(&first.sub(0, len)));
+                let entry = entry_of_one(file, direction, (host, len), offset_bytes, slot);
                 (entry, u64::from(len))
             }
             Cut::Many(count, bytes) => {
-                let (iovecs, count) = (as_iovecs(&mut segments[..count]), len_u32(count));
-                let entry = match direction {
-                    Direction::Read => {
-                        opcode::Readv::new(file, iovecs, count).offset(offset_bytes).build()
-                    }
-                    Direction::Write(flags) => opcode::Writev::new(file, iovecs, count)
-                        .offset(offset_bytes)
-                        .rw_flags(flags)
-                        .build(),
-                };
-                (entry, bytes)
+                let slot = ring.fixed_slot_of_all(&segments[..count]);
+                let list = (as_iovecs(&mut segments[..count]), len_u32(count));
+                (entry_of_many(file, direction, list, offset_bytes, slot), bytes)
             }
         };
         // SAFETY: the data lies in live mappings until the request is completed (invariant of `Segment`), which happens
@@ -324,6 +308,59 @@ fn cut(segments: &[Segment], limit_bytes: u64) -> Cut {
         count += 1;
     }
     Cut::Many(count, bytes)
+}
+
+/// A transfer of one piece of memory, in a registered buffer if it has a slot.
+#[inline]
+fn entry_of_one(
+    file: Fixed,
+    direction: Direction,
+    (host, len): (usize, u32),
+    offset_bytes: u64,
+    slot: Option<u16>,
+) -> squeue::Entry {
+    let pointer = host as *mut u8;
+    match (direction, slot) {
+        (Direction::Read, Some(slot)) => {
+            opcode::ReadFixed::new(file, pointer, len, slot).offset(offset_bytes).build()
+        }
+        (Direction::Read, None) => {
+            opcode::Read::new(file, pointer, len).offset(offset_bytes).build()
+        }
+        (Direction::Write(flags), Some(slot)) => {
+            let entry = opcode::WriteFixed::new(file, pointer, len, slot);
+            entry.offset(offset_bytes).rw_flags(flags).build()
+        }
+        (Direction::Write(flags), None) => {
+            opcode::Write::new(file, pointer, len).offset(offset_bytes).rw_flags(flags).build()
+        }
+    }
+}
+
+/// A transfer of a list of pieces, all of them in one registered buffer if there is a slot.
+#[inline]
+fn entry_of_many(
+    file: Fixed,
+    direction: Direction,
+    (list, count): (*const libc::iovec, u32),
+    offset_bytes: u64,
+    slot: Option<u16>,
+) -> squeue::Entry {
+    match (direction, slot) {
+        (Direction::Read, Some(slot)) => {
+            opcode::ReadvFixed::new(file, list, count, slot).offset(offset_bytes).build()
+        }
+        (Direction::Read, None) => {
+            opcode::Readv::new(file, list, count).offset(offset_bytes).build()
+        }
+        (Direction::Write(flags), Some(slot)) => {
+            let entry = opcode::WritevFixed::new(file, list, count, slot);
+            entry.offset(offset_bytes).rw_flags(flags).build()
+        }
+        (Direction::Write(flags), None) => {
+            opcode::Writev::new(file, list, count).offset(offset_bytes).rw_flags(flags).build()
+        }
+    }
 }
 
 fn plain_entry(file: FixedFile, plain: Plain) -> squeue::Entry {

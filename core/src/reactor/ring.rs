@@ -16,11 +16,13 @@ use io_uring::types::{SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use thiserror::Error;
 
+use super::fixed::FixedBuffers;
 use crate::limits::{
     CORES_MAX, RING_CLIENTS_MAX, RING_CQ_ENTRIES, RING_ENTRIES_GUARANTEED, RING_ENTRIES_RESERVED,
     RING_FILES_MAX, RING_SQ_ENTRIES,
 };
-use crate::units::{bytes_u64, index};
+use crate::mem::Pin;
+use crate::units::{bytes_u64, index, len_u32};
 
 /// Bits of `user_data` that belong to the client; the rest is its id.
 const TOKEN_BITS: u32 = 48;
@@ -43,6 +45,8 @@ const ALLOWED_OPS: [u8; 14] = [
     opcode::Timeout::CODE,
     opcode::UringCmd16::CODE,
 ];
+/// As above, where the kernel has them (it refuses to allow what it does not know).
+const ALLOWED_NEW_OPS: [u8; 2] = [opcode::ReadvFixed::CODE, opcode::WritevFixed::CODE];
 const IORING_REGISTER_FILES_UPDATE: u8 = 6;
 const IORING_REGISTER_BUFFERS_UPDATE: u8 = 16;
 const IORING_REGISTER_IOWQ_AFF: u8 = 17;
@@ -117,7 +121,9 @@ struct Inbox {
 
 /// The ring.
 pub struct Ring {
-    uring: IoUring,
+    pub(super) uring: IoUring,
+    /// Registered buffers: pinned guest memory.
+    pub(super) fixed: FixedBuffers,
     inboxes: Vec<Inbox>,
     /// Keys of `wake_on_event` whose events have come.
     woken: Vec<u32>,
@@ -186,8 +192,10 @@ impl Ring {
         // At most 16 kernel threads of each kind per ring: enough that FLUSH of one disk does not wait for another's
         // discard, and a thousand disks do not start a thousand threads.
         submitter.register_iowq_max_workers(&mut [16, 16]).map_err(register("worker limit"))?;
+        let fixed = FixedBuffers::new(&uring)?;
+        let new_ops: &[u8] = if fixed.is_vectored() { &ALLOWED_NEW_OPS } else { &[] };
         let mut allowed: Vec<Restriction> =
-            ALLOWED_OPS.iter().map(|&op| Restriction::sqe_op(op)).collect();
+            ALLOWED_OPS.iter().chain(new_ops).map(|&op| Restriction::sqe_op(op)).collect();
         for op in [
             IORING_REGISTER_FILES_UPDATE,
             IORING_REGISTER_BUFFERS_UPDATE,
@@ -202,6 +210,7 @@ impl Ring {
         submitter.register_restrictions(&mut allowed).map_err(register("restrictions"))?;
         Ok(Ring {
             uring,
+            fixed,
             io_wq_cpus: io_wq_cpus.to_vec(),
             files_max,
             inboxes: Vec::with_capacity(RING_CLIENTS_MAX),
@@ -299,6 +308,17 @@ impl Ring {
         if self.uring.submitter().register_files_update(file.0, &[-1]).is_ok() {
             self.free_files.push(file.0);
         }
+    }
+
+    /// Empties a pin's slots in the kernel's table.
+    #[cold]
+    pub(super) fn empty_slots(&mut self, pin: &Pin) -> io::Result<()> {
+        let nothing = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+        for slot in pin.first_slot()..pin.first_slot() + len_u32(pin.slots_count()) {
+            // SAFETY: an empty entry names no memory.
+            unsafe { self.uring.submitter().register_buffers_update(slot, &[nothing], None)? };
+        }
+        Ok(())
     }
 
     /// Operations that may still be started before the completion queue could overflow.

@@ -398,7 +398,7 @@ pub struct ControllerInfo {
     pub iops_threshold: u32,
     /// `listening`, `connected`, `running`, `draining` …
     pub state: &'static str,
-    /// Memory pinning in a word, as `off`, `pinned`, `unpinned: RLIMIT_MEMLOCK`.
+    /// Memory pinning: `off`, `pinning` (also while no front-end has rings), `on` or `refused: ` with the reason.
     pub pin_state: String,
     /// Connected front-ends (0 or 1).
     pub sessions: Vec<SessionInfo>,
