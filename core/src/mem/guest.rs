@@ -100,7 +100,7 @@ pub struct MemTable {
 
 impl Default for MemTable {
     fn default() -> Self {
-        MemTable { regions: Vec::new(), next_id: RegionId::UNPINNED.0 }
+        MemTable { regions: Vec::default(), next_id: RegionId::UNPINNED.0 }
     }
 }
 
@@ -159,6 +159,7 @@ impl MemTable {
 
     /// What is pinned by now.
     #[must_use]
+    #[cold]
     pub fn pinned(&self) -> Vec<Arc<Pin>> {
         self.pins().filter(|pin| pin.is_on()).cloned().collect()
     }

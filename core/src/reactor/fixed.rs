@@ -204,9 +204,10 @@ impl HeldPins {
     /// The kernel's refusal; the worker then goes on without those that are missing.
     #[cold]
     pub fn hold(&mut self, io: &mut IoCx) -> Result<(), RingError> {
-        let Some(ring) = &mut io.ring else { return Ok(()) };
-        while let Some(pin) = self.pins.get(self.held_count) {
-            ring.hold(pin)?;
+        while let Some(pin) = self.pins.get(self.held_count).filter(|_| io.ring.is_some()) {
+            for ring in [&mut io.ring, &mut io.polled].into_iter().flatten() {
+                ring.hold(pin)?;
+            }
             self.held_count += 1;
         }
         Ok(())
@@ -233,7 +234,7 @@ impl HeldPins {
     /// Lets go of all; they stay here until dropped.
     #[cold]
     pub fn let_go(&mut self, io: &mut IoCx) {
-        if let Some(ring) = &mut io.ring {
+        for ring in [&mut io.ring, &mut io.polled].into_iter().flatten() {
             for pin in &self.pins[..self.held_count] {
                 ring.let_go(pin);
             }

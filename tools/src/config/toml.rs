@@ -35,6 +35,7 @@ const DISK_KEYS: &[&str] = &[
     "controller",
     "cpumask",
     "format",
+    "iopoll",
     "kind",
     "name",
     "num_queues",
@@ -190,6 +191,9 @@ fn image(
     if let Some(format) = section.word("format", &["raw"])? {
         bdev.insert("format".to_owned(), format.into());
     }
+    if section.flag("iopoll")?.unwrap_or(false) {
+        bdev.insert("iopoll".to_owned(), true.into());
+    }
     Ok(())
 }
 
@@ -200,7 +204,7 @@ fn memory(
     backend: &str,
     bdev: &mut Map<String, Value>,
 ) -> Result<(), ConfigError> {
-    for key in ["path", "cache", "format"] {
+    for key in ["path", "cache", "format", "iopoll"] {
         if let Some((_, span)) = section.get(key) {
             let message = format!(
                 "disk \"{name}\" is of backend {backend} and has no \"{key}\"; leave it out"

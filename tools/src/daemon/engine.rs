@@ -459,7 +459,7 @@ impl Engine for DaemonEngine {
                     image: None,
                 })?;
             }
-            BackendSpec::Uring { path, block_size, readonly, cache, raw_is_explicit } => {
+            BackendSpec::Uring { path, block_size, readonly, cache, iopoll, raw_is_explicit } => {
                 let options = UringOptions {
                     filename: path.clone(),
                     block_bytes: *block_size,
@@ -470,6 +470,7 @@ impl Engine for DaemonEngine {
                     },
                     read_only: *readonly,
                     format_raw: *raw_is_explicit,
+                    iopoll: *iopoll,
                     uuid,
                 };
                 return self.open_image(&spec, options, token);

@@ -161,6 +161,8 @@ pub enum BackendSpec {
         readonly: bool,
         /// Use of the host's page cache.
         cache: CacheMode,
+        /// Poll the block device instead of waiting for its interrupts.
+        iopoll: bool,
         /// The user said `format = "raw"`: do not refuse a file that looks like another format.
         raw_is_explicit: bool,
     },

@@ -99,6 +99,12 @@ impl TestBed {
         segment.expect("inside the memory")
     }
 
+    /// Whether the channel lets a reactor sleep now.
+    #[must_use]
+    pub fn must_poll(&self) -> bool {
+        self.channel.must_poll()
+    }
+
     /// Requests that the bed has out.
     #[must_use]
     pub fn out_count(&self) -> usize {
@@ -235,7 +241,8 @@ impl TestBed {
         self.channel.close(&mut self.cx.io);
         assert_eq!(self.cx.io.bounce.free_count(), BOUNCE_BUFFERS, "bounce buffers");
         self.pins.let_go(&mut self.cx.io);
-        let left = self.cx.io.ring.as_ref().map_or(0, Ring::fixed_count);
+        let rings = [&self.cx.io.ring, &self.cx.io.polled];
+        let left: usize = rings.into_iter().flatten().map(Ring::fixed_count).sum();
         assert_eq!(left, 0, "slots in use");
     }
 }
