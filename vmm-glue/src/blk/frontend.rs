@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use ringmill_core::IoStatus;
 use ringmill_core::bdev::{Bdev, InstantChannel};
 use ringmill_core::limits::MEMORY_REGIONS_MAX;
-use ringmill_core::mem::{Mapping, MappingError, MemTable, RegionSpec};
+use ringmill_core::mem::{MappingError, MemTable};
 use ringmill_core::reactor::{Done, Message, PollerId, Reactor, ReactorCx, ReactorHandle};
 use ringmill_core::spec::virtio_blk as spec;
 use ringmill_core::stats::QueueStats;
@@ -32,6 +32,8 @@ mod moving;
 mod pinning;
 
 use moving::{Move, Transit};
+
+use pinning::add_region;
 
 pub use pinning::PinView;
 
@@ -606,18 +608,6 @@ impl FrontEnd {
         }
         Ok(Arc::new(table))
     }
-}
-
-fn add_region(table: &mut MemTable, region: &RegionDesc, pin: bool) -> Result<(), Refusal> {
-    let mapping = Arc::new(Mapping::foreign(&region.fd, region.mmap_offset, region.len_bytes)?);
-    let spec = RegionSpec {
-        guest_addr: region.guest_addr,
-        len_bytes: region.len_bytes,
-        user_addr: region.user_addr.0,
-    };
-    let added = if pin { table.add_to_pin(spec, mapping) } else { table.add(spec, mapping) };
-    added?;
-    Ok(())
 }
 
 impl Backend for FrontEnd {

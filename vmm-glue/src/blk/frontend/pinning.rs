@@ -6,7 +6,9 @@
 
 use std::sync::{Arc, Weak};
 
-use ringmill_core::mem::{Pin, PinError, PinState, register_pins};
+use ringmill_core::mem::{Mapping, MemTable, Pin, PinError, PinState, RegionSpec, register_pins};
+
+use crate::vhost_user::{Refusal, RegionDesc};
 
 use super::super::event::EventKind;
 use super::{FrontEnd, Kind};
@@ -111,4 +113,21 @@ impl FrontEnd {
             self.unpinned = Some(reason);
         }
     }
+}
+
+/// Maps a region and adds it to a table; with slots for registered buffers where it is to be pinned.
+pub(super) fn add_region(
+    table: &mut MemTable,
+    region: &RegionDesc,
+    pin: bool,
+) -> Result<(), Refusal> {
+    let mapping = Arc::new(Mapping::foreign(&region.fd, region.mmap_offset, region.len_bytes)?);
+    let spec = RegionSpec {
+        guest_addr: region.guest_addr,
+        len_bytes: region.len_bytes,
+        user_addr: region.user_addr.0,
+    };
+    let added = if pin { table.add_to_pin(spec, mapping) } else { table.add(spec, mapping) };
+    added?;
+    Ok(())
 }
