@@ -101,6 +101,13 @@ pub const RING_CLIENTS_MAX: usize = 32768;
 /// Files registered with one reactor's ring.
 pub const RING_FILES_MAX: u32 = 16384;
 
+/// Slots of a reactor's table of registered buffers: what io_uring allows (IORING_MAX_REG_BUFFERS).
+pub const RING_BUFFERS_MAX: u32 = 16384;
+
+/// One registered buffer is at most this long, as a power of two: io_uring allows 1 GiB. This crate's own tests cut finer,
+/// so that they meet the borders without gigabytes.
+pub const PIN_PIECE_SHIFT: u32 = if cfg!(test) { 20 } else { 30 };
+
 /// Messages waiting in a reactor's mailbox.
 pub const MAILBOX_MESSAGES_MAX: usize = 4096;
 
@@ -159,3 +166,6 @@ const _: () = assert!(FAIR_ALONE_BYTES <= PASS_BYTES_MAX && FAIR_PASS_BYTES <= P
 const _: () = assert!(PARK_PATIENCE_MOST_NS < PARK_REST_LONG_NS);
 const _: () = assert!(RING_CQ_ENTRIES >= 2 * RING_SQ_ENTRIES);
 const _: () = assert!(RING_CLIENTS_MAX <= u16::MAX as usize);
+// A slot is 16 bits in a ring entry, and numbers above it are left for regions without slots.
+const _: () = assert!(RING_BUFFERS_MAX <= 1 << 16 && RING_BUFFERS_MAX.is_multiple_of(64));
+const _: () = assert!(MEMORY_REGIONS_MAX * 2 <= RING_BUFFERS_MAX as usize);

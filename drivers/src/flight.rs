@@ -9,42 +9,16 @@
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use io_uring::types::FsyncFlags;
-use io_uring::{opcode, squeue};
 use ringmill_core::io::{Slots, Tag};
-use ringmill_core::mem::{Segment, SegmentList, as_iovecs};
+use ringmill_core::mem::{SegmentList, as_iovecs};
 use ringmill_core::reactor::{ClientId, FixedFile, Ring, RingError};
-use ringmill_core::units::{bytes_u64, index, len_u32, usize_of};
+use ringmill_core::units::{len_u32, usize_of};
 
-/// Segments of one entry (UIO_MAXIOV, `linux/uio.h`).
-const ENTRY_SEGMENTS_MAX: usize = 1024;
+mod entry;
 
-/// Bytes of one entry, a multiple of every block. The kernel may copy or pin an entry's data inside the reactor's own system
-/// call, so a piece is no longer than what a pass may take.
-const ENTRY_BYTES_MAX: u64 = ringmill_core::limits::FAIR_ALONE_BYTES;
+use entry::{Cut, ENTRY_BYTES_MAX, cut, entry_of_many, entry_of_one, plain_entry};
 
-/// BLOCK_URING_CMD_DISCARD, `_IO(0x12, 0)` (`linux/blkdev.h`, Linux 6.12).
-pub(crate) const BLOCK_URING_CMD_DISCARD: u32 = 0x1200;
-
-/// Which way data goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Direction {
-    /// Medium to memory.
-    Read,
-    /// Memory to medium, with these RWF_ flags.
-    Write(i32),
-}
-
-/// An operation without guest memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Plain {
-    /// fdatasync.
-    DataSync,
-    /// fallocate with this mode.
-    Fallocate { mode: i32, offset_bytes: u64, len_bytes: u64 },
-    /// Discard on a block device.
-    BlockDiscard { offset_bytes: u64, len_bytes: u64 },
-}
+pub(crate) use entry::{BLOCK_URING_CMD_DISCARD, Direction, Plain, discard_command};
 
 /// One request on its way.
 #[derive(Debug)]
@@ -64,10 +38,39 @@ pub(crate) type FlightSlots<T> = Slots<Flight<T>>;
 #[derive(Debug)]
 pub(crate) struct Flights<T> {
     slots: ManuallyDrop<FlightSlots<T>>,
-    client: ClientId,
-    file: FixedFile,
+    place: Place,
+    /// The place on the ring of polled devices, and what is out there.
+    polled: Option<Place>,
+    polled_count: usize,
     out_count: usize,
     stale_count: u64,
+}
+
+/// Where a channel is on a ring.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    client: ClientId,
+    file: FixedFile,
+}
+
+impl Place {
+    #[cold]
+    fn open(ring: &mut Ring, fd: BorrowedFd<'_>, events_max: usize) -> Result<Place, RingError> {
+        let client = ring.add_client(events_max)?;
+        match ring.add_file(fd.as_raw_fd()) {
+            Ok(file) => Ok(Place { client, file }),
+            Err(error) => {
+                ring.remove_client(client);
+                Err(error)
+            }
+        }
+    }
+
+    #[cold]
+    fn close(self, ring: &mut Ring) {
+        ring.remove_file(self.file);
+        ring.remove_client(self.client);
+    }
 }
 
 impl<T> Flights<T> {
@@ -81,23 +84,43 @@ impl<T> Flights<T> {
         ring: &mut Ring,
         fd: BorrowedFd<'_>,
     ) -> Result<Flights<T>, RingError> {
-        let client = ring.add_client(slots.room())?;
-        let file = match ring.add_file(fd.as_raw_fd()) {
-            Ok(file) => file,
-            Err(error) => {
-                ring.remove_client(client);
-                return Err(error);
-            }
-        };
+        let place = Place::open(ring, fd, slots.room())?;
         let slots = ManuallyDrop::new(slots);
-        Ok(Flights { slots, client, file, out_count: 0, stale_count: 0 })
+        Ok(Flights { slots, place, polled: None, polled_count: 0, out_count: 0, stale_count: 0 })
+    }
+
+    /// Also becomes a client of the ring of polled devices.
+    ///
+    /// # Errors
+    /// As for `open`; the ordinary place is kept.
+    #[cold]
+    pub(crate) fn open_polled(
+        &mut self,
+        ring: &mut Ring,
+        fd: BorrowedFd<'_>,
+    ) -> Result<(), RingError> {
+        self.polled = Some(Place::open(ring, fd, self.slots.room())?);
+        Ok(())
+    }
+
+    /// Leaves that ring.
+    #[cold]
+    pub(crate) fn close_polled(&mut self, ring: &mut Ring) {
+        if let Some(place) = self.polled.take() {
+            place.close(ring);
+        }
+    }
+
+    /// Operations on the ring of polled devices: somebody must ask for their ends.
+    #[inline]
+    pub(crate) fn polled_count(&self) -> usize {
+        self.polled_count
     }
 
     /// Leaves the ring.
     #[cold]
     pub(crate) fn close(&mut self, ring: &mut Ring) {
-        ring.remove_file(self.file);
-        ring.remove_client(self.client);
+        self.place.close(ring);
     }
 
     /// Requests that still fit.
@@ -109,7 +132,13 @@ impl<T> Flights<T> {
     /// Entries that the ring has for this channel.
     #[inline]
     pub(crate) fn entries_room(&self, ring: &Ring) -> u32 {
-        ring.room_for(self.client)
+        ring.room_for(self.place.client)
+    }
+
+    /// The same of the ring of polled devices, if the channel is on it.
+    #[inline]
+    pub(crate) fn polled_room(&self, ring: &Ring) -> Option<u32> {
+        self.polled.map(|place| ring.room_for(place.client))
     }
 
     /// Requests here.
@@ -165,43 +194,55 @@ impl<T> Flights<T> {
         offset_bytes: u64,
         left_bytes: u64,
     ) -> Option<u64> {
+        self.send(ring, self.place, tag, direction, offset_bytes, left_bytes)
+    }
+
+    /// As `transfer`, on the ring of polled devices.
+    #[inline]
+    pub(crate) fn transfer_polled(
+        &mut self,
+        ring: &mut Ring,
+        tag: Tag,
+        direction: Direction,
+        offset_bytes: u64,
+        left_bytes: u64,
+    ) -> Option<u64> {
+        let piece = self.send(ring, self.polled?, tag, direction, offset_bytes, left_bytes);
+        self.polled_count += usize::from(piece.is_some());
+        piece
+    }
+
+    #[inline]
+    fn send(
+        &mut self,
+        ring: &mut Ring,
+        place: Place,
+        tag: Tag,
+        direction: Direction,
+        offset_bytes: u64,
+        left_bytes: u64,
+    ) -> Option<u64> {
         let flight = self.slots.get_mut(tag).filter(|flight| !flight.out)?;
         let segments = flight.segments.as_mut_slice().get_mut(flight.first..).unwrap_or(&mut []);
         let limit = left_bytes.min(ENTRY_BYTES_MAX);
-        let file = self.file.as_fixed();
+        let file = place.file.as_fixed();
         let (entry, piece_bytes) = match cut(segments, limit) {
             // Also the way of a list that ran out: nothing is moved, which the channel takes for an error.
             Cut::One(host, len) => {
-                let pointer = host as *mut u8;
-                let entry = match direction {
-                    Direction::Read => {
-                        opcode::Read::new(file, pointer, len).offset(offset_bytes).build()
-                    }
-                    Direction::Write(flags) => opcode::Write::new(file, pointer, len)
-                        .offset(offset_bytes)
-                        .rw_flags(flags)
-                        .build(),
-                };
+                let slot = segments.first().and_then(|first| ring.fixed_slot(&first.sub(0, len)));
+                let entry = entry_of_one(file, direction, (host, len), offset_bytes, slot);
                 (entry, u64::from(len))
             }
             Cut::Many(count, bytes) => {
-                let (iovecs, count) = (as_iovecs(&mut segments[..count]), len_u32(count));
-                let entry = match direction {
-                    Direction::Read => {
-                        opcode::Readv::new(file, iovecs, count).offset(offset_bytes).build()
-                    }
-                    Direction::Write(flags) => opcode::Writev::new(file, iovecs, count)
-                        .offset(offset_bytes)
-                        .rw_flags(flags)
-                        .build(),
-                };
-                (entry, bytes)
+                let slot = ring.fixed_slot_of_all(&segments[..count]);
+                let list = (as_iovecs(&mut segments[..count]), len_u32(count));
+                (entry_of_many(file, direction, list, offset_bytes, slot), bytes)
             }
         };
         // SAFETY: the data lies in live mappings until the request is completed (invariant of `Segment`), which happens
         // only after `landed`; the iovecs lie in this slot or in a list that it owns, which stay where they are while
         // `out` (invariant of this module; `Slots` never moves a value).
-        if !unsafe { ring.push(self.client, u64::from(tag.0), entry) } {
+        if !unsafe { ring.push(place.client, u64::from(tag.0), entry) } {
             return None;
         }
         flight.out = true;
@@ -216,9 +257,9 @@ impl<T> Flights<T> {
         let Some(flight) = self.slots.get_mut(tag).filter(|flight| !flight.out) else {
             return false;
         };
-        let entry = plain_entry(self.file, plain);
+        let entry = plain_entry(self.place.file, plain);
         // SAFETY: the entry names no memory (`plain_entry` builds only such).
-        let pushed = unsafe { ring.push(self.client, u64::from(tag.0), entry) };
+        let pushed = unsafe { ring.push(self.place.client, u64::from(tag.0), entry) };
         flight.out |= pushed;
         self.out_count += usize::from(pushed);
         pushed
@@ -250,7 +291,21 @@ impl<T> Flights<T> {
     /// The next result: the request and what the kernel says.
     #[inline]
     pub(crate) fn landed(&mut self, ring: &mut Ring) -> Option<(Tag, i32)> {
-        while let Some(event) = ring.next_event(self.client) {
+        while let Some(event) = ring.next_event(self.place.client) {
+            let tag = Tag(len_u32(usize_of(event.token)));
+            if self.arrive(tag) {
+                return Some((tag, event.result));
+            }
+        }
+        None
+    }
+
+    /// The next result of the ring of polled devices.
+    #[inline]
+    pub(crate) fn landed_polled(&mut self, ring: &mut Ring) -> Option<(Tag, i32)> {
+        let place = self.polled?;
+        while let Some(event) = ring.next_event(place.client) {
+            self.polled_count = self.polled_count.saturating_sub(1);
             let tag = Tag(len_u32(usize_of(event.token)));
             if self.arrive(tag) {
                 return Some((tag, event.result));
@@ -298,60 +353,6 @@ impl<T> Drop for Flights<T> {
     }
 }
 
-/// The first piece of a list.
-enum Cut {
-    /// One segment: address and length.
-    One(usize, u32),
-    /// The first so many segments, and their bytes.
-    Many(usize, u64),
-}
-
-#[inline]
-fn cut(segments: &[Segment], limit_bytes: u64) -> Cut {
-    let Some(first) = segments.first() else { return Cut::One(0, 0) };
-    let first_len = u64::from(first.len_bytes());
-    if segments.len() == 1 || first_len >= limit_bytes {
-        return Cut::One(first.host().0, len_u32(usize_of(first_len.min(limit_bytes))));
-    }
-    let mut bytes = 0;
-    let mut count = 0;
-    for segment in segments.iter().take(ENTRY_SEGMENTS_MAX) {
-        let len = bytes_u64(index(segment.len_bytes()));
-        if bytes + len > limit_bytes {
-            break;
-        }
-        bytes += len;
-        count += 1;
-    }
-    Cut::Many(count, bytes)
-}
-
-fn plain_entry(file: FixedFile, plain: Plain) -> squeue::Entry {
-    let file = file.as_fixed();
-    match plain {
-        Plain::DataSync => opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build(),
-        Plain::Fallocate { mode, offset_bytes, len_bytes } => {
-            opcode::Fallocate::new(file, len_bytes).offset(offset_bytes).mode(mode).build()
-        }
-        Plain::BlockDiscard { offset_bytes, len_bytes } => discard_command(
-            opcode::UringCmd16::new(file, BLOCK_URING_CMD_DISCARD),
-            offset_bytes,
-            len_bytes,
-        ),
-    }
-}
-
-/// The command's range lies in `addr` and in the first half of the command bytes, where `addr3` is.
-pub(crate) fn discard_command(
-    command: opcode::UringCmd16,
-    offset_bytes: u64,
-    len_bytes: u64,
-) -> squeue::Entry {
-    let mut bytes = [0; 16];
-    bytes[..8].copy_from_slice(&len_bytes.to_ne_bytes());
-    command.addr(Some(offset_bytes)).cmd(bytes).build()
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs::File;
@@ -360,7 +361,7 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use proptest::prelude::*;
-    use ringmill_core::mem::{ListsHeld, MemTable, SegmentLists, total_bytes};
+    use ringmill_core::mem::{ListsHeld, MemTable, Segment, SegmentLists, total_bytes};
     use ringmill_core::units::GuestAddr;
 
     use super::*;

@@ -68,7 +68,10 @@ fn load(bed: &mut TestBed, rounds: u64) {
 }
 
 fn allocates_nothing(bdev: Arc<dyn Bdev>) {
-    let mut bed = TestBed::new(&*bdev);
+    allocates_nothing_in(TestBed::new(&*bdev), &*bdev);
+}
+
+fn allocates_nothing_in(mut bed: TestBed, bdev: &dyn Bdev) {
     load(&mut bed, 200);
     let before = ALLOCATIONS.with(Cell::get);
     load(&mut bed, 2000);
@@ -135,4 +138,18 @@ fn crossing_to_another_reactor_allocates_nothing_on_either_side() {
     crossing_allocates_nothing(Arc::new(MallocBdev::new("malloc", &ram).unwrap()));
     let dir = disk_dir();
     crossing_allocates_nothing(open(&options(&image(&dir, 32 << 20), CacheMode::None)));
+}
+
+#[test]
+fn uring_with_pinned_memory_allocates_nothing() {
+    let dir = disk_dir();
+    for cache in [CacheMode::None, CacheMode::WriteBack] {
+        let bdev = open(&options(&image(&dir, 32 << 20), cache));
+        let bed = TestBed::pinned(&*bdev);
+        let page = bed.segment(0, 0, 4096);
+        let mut bed = bed;
+        assert!(bed.run(IoOp::Read, IoFlags::NONE, 0, 4096, &[page]).is_ok());
+        assert_eq!(bed.fixed_uses_count(), 1);
+        allocates_nothing_in(bed, &*bdev);
+    }
 }

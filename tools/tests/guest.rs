@@ -411,6 +411,68 @@ fn a_write_of_the_firmware_which_knows_no_flush_reaches_the_medium() -> Outcome 
     })
 }
 
+#[test]
+fn a_device_that_can_be_polled_works_without_its_interrupts() -> Outcome {
+    with_lab("polled NVMe", |lab| {
+        let scratch = ScratchDir::new()?;
+        let programs = [env!("CARGO_BIN_EXE_ringmilld"), env!("CARGO_BIN_EXE_ringmill-perf")]
+            .map(|program| stripped(&scratch, Path::new(program)));
+        let image = lab.linux_with_programs(&scratch, &programs)?;
+        let config = MachineConfig {
+            nvme: Some(self::image(&scratch, "nvme.img", 64 * MIB)?),
+            kernel_words: "nvme.poll_queues=1".to_owned(),
+            ..MachineConfig::new(Boot::Linux(image), Vec::new())
+        };
+        let mut guest = Guest::start(&config)?;
+        let can_poll = guest.sh("cat /sys/block/nvme0n1/queue/io_poll")?;
+        assert_eq!(can_poll.trim(), "1", "the kernel gave the device no queue to poll");
+        let [polled, plain] =
+            ["true", "false"].map(|iopoll| load_nvme(&mut guest, &programs, iopoll));
+        let (polled, plain) = (polled?, plain?);
+        eprintln!("{polled} interrupts when polled, {plain} when not");
+        // Each load is more than 4,096 requests.
+        assert!(polled < 40, "completions came by interrupt");
+        assert!(plain > 200, "the comparison counts no interrupts");
+        guest.quit()
+    })
+}
+
+/// Without the symbols, which would fill the guest's memory.
+fn stripped(scratch: &ScratchDir, program: &Path) -> PathBuf {
+    let to = scratch.path().join(program.file_name().expect("a program"));
+    fs::copy(program, &to).expect("a copy");
+    // Works unstripped, too.
+    let _ = Command::new("strip").arg(&to).status();
+    to
+}
+
+/// Serves the NVMe disk in the guest, fills 8 MiB of it, reads and writes, and checks everything; interrupts of the
+/// device's I/O queues meanwhile.
+fn load_nvme(
+    guest: &mut Guest,
+    [ringmilld, perf]: &[PathBuf; 2],
+    iopoll: &str,
+) -> Result<u64, LabError> {
+    let (ringmilld, perf) = (ringmilld.display(), perf.display());
+    let said = guest.sh_within(
+        &format!(
+            r#"count() {{ awk '/nvme0q[1-9]/ {{for (i = 2; i <= NF && $i ~ /^[0-9]+$/; i++) n += $i}} END {{print n + 0}}' /proc/interrupts; }}
+printf '[[disk]]\nname = "d"\npath = "/dev/nvme0n1"\niopoll = {iopoll}\n' >/run/c.toml
+{ringmilld} -m 1 -S /run/s -r /run/rpc -c /run/c.toml >/run/log 2>&1 &
+pid=$!
+for i in 1 2 3 4 5 6 7 8 9; do [ -S /run/s/d ] && break; sleep 1; done
+before=$(count)
+{perf} /run/s/d -w verify -t 2 -q 8 --span 8m >/run/perf 2>&1 || {{ cat /run/perf /run/log; exit 1; }}
+after=$(count)
+kill $pid; wait $pid || {{ cat /run/log; exit 1; }}
+echo counted $((after - before))"#
+        ),
+        FIO_WAIT_MAX,
+    )?;
+    let count = said.lines().find_map(|line| line.strip_prefix("counted ")?.trim().parse().ok());
+    Ok(count.unwrap_or_else(|| panic!("no count in {said}")))
+}
+
 /// Runs a test in a lab, or skips it by name if the machine lacks something.
 fn with_lab(name: &str, test: impl FnOnce(&mut Lab) -> Outcome) -> Outcome {
     let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("guest-lab");

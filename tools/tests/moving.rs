@@ -317,6 +317,7 @@ impl Host {
             read_only: false,
             serial: None,
             queues_max,
+            pin: false,
         };
         let (orders, inbox) = mpsc::channel::<Order>();
         let (cores, longest) =

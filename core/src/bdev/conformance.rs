@@ -164,6 +164,8 @@ pub struct Suite {
     pub seed: u64,
     /// Requests of the random test.
     pub requests_count: usize,
+    /// Requests use memory that is pinned and known to the ring.
+    pub pinned: bool,
 }
 
 impl std::fmt::Debug for Suite {
@@ -178,7 +180,11 @@ impl Suite {
     pub fn new(bdev: Arc<dyn Bdev>) -> Suite {
         let told = std::env::var("RINGMILL_SEED").ok().and_then(|text| text.parse().ok());
         let fresh = crate::reactor::ticks_now() & 0xffff_ffff;
-        Suite { bdev, seed: told.unwrap_or(fresh), requests_count: 4000 }
+        Suite { bdev, seed: told.unwrap_or(fresh), requests_count: 4000, pinned: false }
+    }
+
+    fn bed(&self) -> TestBed {
+        if self.pinned { TestBed::pinned(&*self.bdev) } else { TestBed::new(&*self.bdev) }
     }
 
     fn size_bytes(&self) -> u64 {
@@ -239,7 +245,7 @@ impl Suite {
     /// # Panics
     /// On failure.
     pub fn bounds(&self) {
-        let mut bed = TestBed::new(&*self.bdev);
+        let mut bed = self.bed();
         let size = self.size_bytes();
         let segments = [bed.segment(0, 0, 4096), bed.segment(1, 0, 4096)];
         let mut expect = |op: IoOp, offset: u64, len: u64, wanted: IoStatus| {
@@ -276,7 +282,7 @@ impl Suite {
     /// # Panics
     /// On failure.
     pub fn exactly_once(&self) {
-        let mut bed = TestBed::new(&*self.bdev);
+        let mut bed = self.bed();
         let mut entropy = Entropy::seeded(self.seed);
         let sectors = self.window_bytes() / SECTOR;
         let mut ended = 0;
@@ -305,7 +311,7 @@ impl Suite {
     /// # Panics
     /// On failure.
     pub fn removal(&self) {
-        let mut bed = TestBed::new(&*self.bdev);
+        let mut bed = self.bed();
         for arena in 0..8 {
             let segment = bed.segment(arena, 0, 4096);
             let _ = bed.offer(IoOp::Read, IoFlags::NONE, 0, 4096, &[segment]);
@@ -324,7 +330,7 @@ impl Suite {
     /// # Panics
     /// On failure.
     pub fn many_segments(&self) {
-        let mut bed = TestBed::new(&*self.bdev);
+        let mut bed = self.bed();
         let mut entropy = Entropy::seeded(self.seed);
         let window = self.window_bytes();
         for count in [1, 2, 3, 4, 5, 17, 127, 160, 161, 700, 1024, 1025, 2000] {
@@ -355,7 +361,7 @@ impl Suite {
     /// # Panics
     /// On failure.
     pub fn read_your_writes(&self) {
-        let mut bed = TestBed::new(&*self.bdev);
+        let mut bed = self.bed();
         let mut entropy = Entropy::seeded(self.seed);
         let window = self.window_bytes();
         let mut twin = Twin::new(window);
@@ -454,10 +460,10 @@ impl Suite {
         const BLOCKS: u64 = 4;
         const ROUNDS: u64 = 60;
         let side = |side: u64| {
-            let (bdev, seed) = (Arc::clone(&self.bdev), self.seed);
+            let suite = self.clone();
             std::thread::spawn(move || {
-                let mut bed = TestBed::new(&*bdev);
-                let mut entropy = Entropy::seeded(seed ^ side);
+                let mut bed = suite.bed();
+                let mut entropy = Entropy::seeded(suite.seed ^ side);
                 let sectors: Vec<u64> = (0..BLOCKS * 8).filter(|s| s % 2 == side).collect();
                 for round in 0..ROUNDS {
                     // All of this side's sectors at once, so that both sides are always in each other's way.
@@ -493,7 +499,7 @@ impl Suite {
     /// # Panics
     /// On failure.
     pub fn flushes(&self) {
-        let mut bed = TestBed::new(&*self.bdev);
+        let mut bed = self.bed();
         assert_eq!(bed.run(IoOp::Flush, IoFlags::NONE, 0, 0, &[]), IoStatus::Ok);
         let segment = bed.segment(0, 0, 4096);
         for round in 0..32_u8 {
@@ -516,7 +522,7 @@ impl Suite {
     /// # Panics
     /// On failure.
     pub fn ranges(&self) {
-        let mut bed = TestBed::new(&*self.bdev);
+        let mut bed = self.bed();
         let geometry = self.bdev.info().geometry().clone();
         let span = (2 << 20).min(self.window_bytes());
         let full = vec![0xa5; usize_of(span)];
@@ -562,7 +568,7 @@ impl Suite {
     /// On failure.
     pub fn resize(&self, blocks_count: u64, change: impl FnOnce()) {
         let _seed = SeedOnPanic(self.seed);
-        let mut bed = TestBed::new(&*self.bdev);
+        let mut bed = self.bed();
         let info = self.bdev.info();
         let block = usize_of(u64::from(info.geometry().block_bytes));
         assert!(bed.read(info.size_bytes() - bytes_u64(block), block).is_ok());
@@ -582,7 +588,7 @@ impl Suite {
         let _seed = SeedOnPanic(self.seed);
         assert!(self.bdev.info().geometry().read_only);
         self.geometry();
-        let mut bed = TestBed::new(&*self.bdev);
+        let mut bed = self.bed();
         let before = bed.read(0, 4096).expect("a read");
         assert_eq!(bed.write(0, &[1; 4096]), IoStatus::ReadOnly);
         for op in [IoOp::Discard, IoOp::WriteZeroes] {

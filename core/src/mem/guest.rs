@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-use super::{Mapping, RegionId, Segment, SharedSlice};
+use super::{Mapping, Pin, RegionId, Segment, SharedSlice};
 use crate::limits::MEMORY_REGIONS_MAX;
 use crate::units::{GuestAddr, HostAddr, len_u32, usize_of};
 
@@ -34,6 +34,7 @@ pub struct Region {
     host: HostAddr,
     id: RegionId,
     mapping: Arc<Mapping>,
+    pin: Option<Arc<Pin>>,
 }
 
 impl Region {
@@ -47,6 +48,12 @@ impl Region {
     #[must_use]
     pub fn mapping(&self) -> &Arc<Mapping> {
         &self.mapping
+    }
+
+    /// How it is pinned, if it may be.
+    #[must_use]
+    pub fn pin(&self) -> Option<&Arc<Pin>> {
+        self.pin.as_ref()
     }
 }
 
@@ -85,10 +92,16 @@ pub enum MemTableError {
 }
 
 /// A guest's regions, sorted by guest address.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct MemTable {
     regions: Vec<Region>,
     next_id: u32,
+}
+
+impl Default for MemTable {
+    fn default() -> Self {
+        MemTable { regions: Vec::default(), next_id: RegionId::UNPINNED.0 }
+    }
 }
 
 impl MemTable {
@@ -123,6 +136,40 @@ impl MemTable {
         spec: RegionSpec,
         mapping: Arc<Mapping>,
     ) -> Result<RegionId, MemTableError> {
+        self.insert(spec, mapping, false)
+    }
+
+    /// As [`MemTable::add`], for memory that is to be pinned: the region gets slots in the reactors' tables of registered
+    /// buffers, unless those are full. Nothing is registered yet.
+    ///
+    /// # Errors
+    /// As for `add`.
+    pub fn add_to_pin(
+        &mut self,
+        spec: RegionSpec,
+        mapping: Arc<Mapping>,
+    ) -> Result<RegionId, MemTableError> {
+        self.insert(spec, mapping, true)
+    }
+
+    /// What is to be pinned, in the order of guest addresses.
+    pub fn pins(&self) -> impl Iterator<Item = &Arc<Pin>> {
+        self.regions.iter().filter_map(Region::pin)
+    }
+
+    /// What is pinned by now.
+    #[must_use]
+    #[cold]
+    pub fn pinned(&self) -> Vec<Arc<Pin>> {
+        self.pins().filter(|pin| pin.is_on()).cloned().collect()
+    }
+
+    fn insert(
+        &mut self,
+        spec: RegionSpec,
+        mapping: Arc<Mapping>,
+        to_pin: bool,
+    ) -> Result<RegionId, MemTableError> {
         let RegionSpec { guest_addr, len_bytes, user_addr } = spec;
         let range_error = MemTableError::Range { guest_addr, len_bytes };
         if len_bytes == 0
@@ -151,11 +198,14 @@ impl MemTable {
                 });
             }
         }
-        let id = RegionId(self.next_id);
-        self.next_id = self.next_id.wrapping_add(1);
+        let held = self.pins().map(|pin| pin.slots_count()).sum();
+        let pin = to_pin.then(|| Pin::reserve(&mapping, usize_of(len_bytes), held)).flatten();
+        let id = pin.as_ref().map_or(RegionId(self.next_id), |pin| RegionId(pin.first_slot()));
+        // Up to the end of the 32 bits and then from the start again: a session does not live to see it.
+        self.next_id = self.next_id.checked_add(1).unwrap_or(RegionId::UNPINNED.0);
         let host = HostAddr(mapping.base().as_ptr() as usize);
         let at = self.regions.partition_point(|r| r.spec.guest_addr < guest_addr);
-        self.regions.insert(at, Region { spec, host, id, mapping });
+        self.regions.insert(at, Region { spec, host, id, mapping, pin });
         Ok(id)
     }
 

@@ -7,6 +7,7 @@
 mod bounce;
 mod guest;
 mod mapping;
+mod pin;
 mod seglist;
 mod segment;
 mod shared;
@@ -15,6 +16,7 @@ mod sigbus;
 pub use bounce::{Bounce, BouncePool};
 pub use guest::{MemTable, MemTableError, Region, RegionSpec};
 pub use mapping::{Mapping, MappingError};
+pub use pin::{Pin, PinError, PinState, register_pins};
 pub use seglist::{ListsHeld, SegmentList, SegmentLists};
 pub use segment::{RegionId, Segment, as_iovecs, pieces, total_bytes};
 pub use shared::SharedSlice;

@@ -7,7 +7,8 @@
 
 use crate::units::{HostAddr, bytes_u64, index, len_u32};
 
-/// Which region of its table a segment lies in; pools use [`RegionId::POOL`].
+/// Which region a segment lies in. Below [`RING_BUFFERS_MAX`](crate::limits::RING_BUFFERS_MAX) it is the region's first
+/// slot in the reactors' tables of registered buffers; other regions have larger numbers, pools [`RegionId::POOL`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(transparent)]
 pub struct RegionId(pub u32);
@@ -15,6 +16,8 @@ pub struct RegionId(pub u32);
 impl RegionId {
     /// Memory of a reactor's own pools.
     pub const POOL: RegionId = RegionId(u32::MAX);
+    /// The first number for regions without slots.
+    pub(super) const UNPINNED: RegionId = RegionId(1 << 16);
 }
 
 /// One contiguous piece of host memory, 16 bytes.
@@ -142,7 +145,8 @@ const _: () = assert!(
 );
 
 /// Turns segments, in place, into the kernel's `iovec` array and returns its address. They forget their regions and stay
-/// usable as segments otherwise: a driver keeps one copy of a request's list and needs no second array.
+/// usable as segments otherwise: a driver keeps one copy of a request's list and needs no second array. (Region 0 may be
+/// somebody's; a region is only where the search for a registered buffer starts, the address decides.)
 #[inline]
 pub fn as_iovecs(segments: &mut [Segment]) -> *const libc::iovec {
     for segment in segments.iter_mut() {

@@ -6,7 +6,7 @@
 use crate::io::{Batch, Completions};
 use crate::mem::{BouncePool, MappingError, SegmentLists};
 
-use super::{Clock, Entropy, Fair, Ring};
+use super::{Clock, Entropy, Fair, Ring, RingError};
 
 /// The part that channels use.
 #[derive(Debug)]
@@ -17,12 +17,30 @@ pub struct IoCx {
     pub entropy: Entropy,
     /// The reactor's io_uring; `None` in the simulator.
     pub ring: Option<Ring>,
+    /// The ring for block devices that are polled, once there is one.
+    pub polled: Option<Ring>,
     /// Aligned memory for what a device cannot take as it is.
     pub bounce: BouncePool,
     /// Memory for the segment lists of requests in flight.
     pub lists: SegmentLists,
     /// How much the queue being polled may move.
     pub fair: Fair,
+}
+
+impl IoCx {
+    /// Uses `spare` as the polled ring if there is none yet; gives it back otherwise, to be dropped by a control thread.
+    ///
+    /// # Errors
+    /// When the kernel does not enable it.
+    #[cold]
+    pub fn use_polled(&mut self, mut spare: Ring) -> Result<Option<Ring>, RingError> {
+        if self.polled.is_some() {
+            return Ok(Some(spare));
+        }
+        spare.enable()?;
+        self.polled = Some(spare);
+        Ok(None)
+    }
 }
 
 /// The whole context.
@@ -62,6 +80,7 @@ impl ReactorCx {
                 clock,
                 entropy: Entropy::seeded(seed),
                 ring,
+                polled: None,
                 bounce: BouncePool::new()?,
                 lists: SegmentLists::default(),
                 fair: Fair::default(),
@@ -74,12 +93,11 @@ impl ReactorCx {
 
     /// Commits what was queued and sorts what was completed: the device part of a pass.
     pub fn turn_ring(&mut self) -> usize {
-        match &mut self.io.ring {
-            Some(ring) => {
-                ring.commit();
-                ring.reap()
-            }
-            None => 0,
+        let mut count = 0;
+        for ring in [&mut self.io.ring, &mut self.io.polled].into_iter().flatten() {
+            ring.commit();
+            count += ring.reap();
         }
+        count
     }
 }

@@ -3,6 +3,7 @@
 mod clock;
 mod context;
 mod fair;
+mod fixed;
 mod hand_over;
 mod handle;
 mod parking;
@@ -15,6 +16,7 @@ mod sleep;
 pub use clock::{Clock, Entropy, ns_to_ticks, tick_rate, ticks_now};
 pub use context::{IoCx, ReactorCx};
 pub use fair::{Fair, Share};
+pub use fixed::HeldPins;
 pub use hand_over::HandOver;
 pub use handle::{
     IdlePolicy, Message, ReactorConfig, ReactorError, ReactorHandle, ReactorStats, spawn,

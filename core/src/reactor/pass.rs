@@ -128,11 +128,14 @@ impl Reactor {
                 self.unpark_woken();
             }
         }
+        if let Some(ring) = &mut self.cx.io.polled {
+            work |= ring.reap() > 0;
+        }
         work |= self.poll_all();
         if !self.timed.is_empty() {
             work |= self.run_timers();
         }
-        if let Some(ring) = &mut self.cx.io.ring {
+        for ring in [&mut self.cx.io.ring, &mut self.cx.io.polled].into_iter().flatten() {
             ring.commit();
         }
         work
@@ -201,9 +204,9 @@ impl Reactor {
         bump(if work { &stats.busy_ticks } else { &stats.idle_ticks }, spent);
         bump(&stats.passes_count, 1);
         if work {
-            if let Some(ring) = &self.cx.io.ring {
-                stats.ring_enters_count.store(ring.enters_count(), Ordering::Relaxed);
-            }
+            let rings = [&self.cx.io.ring, &self.cx.io.polled];
+            let enters = rings.into_iter().flatten().map(Ring::enters_count).sum();
+            stats.ring_enters_count.store(enters, Ordering::Relaxed);
             stats.bounces_count.store(self.cx.io.bounce.taken_count(), Ordering::Relaxed);
         }
     }
@@ -292,8 +295,10 @@ impl Reactor {
         for entry in self.pollers.iter_mut().chain(self.parking.iter_mut()) {
             entry.poller.look_after(&mut self.cx);
         }
-        if let Some(error) = self.cx.io.ring.as_mut().and_then(Ring::take_error) {
-            tracing::error!("the reactor's io_uring reports: {error}");
+        for ring in [&mut self.cx.io.ring, &mut self.cx.io.polled].into_iter().flatten() {
+            if let Some(error) = ring.take_error() {
+                tracing::error!("the reactor's io_uring reports: {error}");
+            }
         }
     }
 }

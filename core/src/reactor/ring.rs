@@ -16,11 +16,13 @@ use io_uring::types::{SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use thiserror::Error;
 
+use super::fixed::FixedBuffers;
 use crate::limits::{
     CORES_MAX, RING_CLIENTS_MAX, RING_CQ_ENTRIES, RING_ENTRIES_GUARANTEED, RING_ENTRIES_RESERVED,
     RING_FILES_MAX, RING_SQ_ENTRIES,
 };
-use crate::units::{bytes_u64, index};
+use crate::mem::Pin;
+use crate::units::{bytes_u64, index, len_u32};
 
 /// Bits of `user_data` that belong to the client; the rest is its id.
 const TOKEN_BITS: u32 = 48;
@@ -42,6 +44,17 @@ const ALLOWED_OPS: [u8; 14] = [
     opcode::AsyncCancel::CODE,
     opcode::Timeout::CODE,
     opcode::UringCmd16::CODE,
+];
+/// As above, where the kernel has them (it refuses to allow what it does not know).
+const ALLOWED_NEW_OPS: [u8; 2] = [opcode::ReadvFixed::CODE, opcode::WritevFixed::CODE];
+/// What a polling ring takes: transfers, and nothing that an interrupt ends.
+const POLLED_OPS: [u8; 6] = [
+    opcode::Readv::CODE,
+    opcode::Writev::CODE,
+    opcode::ReadFixed::CODE,
+    opcode::WriteFixed::CODE,
+    opcode::Read::CODE,
+    opcode::Write::CODE,
 ];
 const IORING_REGISTER_FILES_UPDATE: u8 = 6;
 const IORING_REGISTER_BUFFERS_UPDATE: u8 = 16;
@@ -117,7 +130,9 @@ struct Inbox {
 
 /// The ring.
 pub struct Ring {
-    uring: IoUring,
+    pub(super) uring: IoUring,
+    /// Registered buffers: pinned guest memory.
+    pub(super) fixed: FixedBuffers,
     inboxes: Vec<Inbox>,
     /// Keys of `wake_on_event` whose events have come.
     woken: Vec<u32>,
@@ -127,6 +142,8 @@ pub struct Ring {
     next_file: u32,
     enters_count: u64,
     defer_taskrun: bool,
+    /// Completions come only to those who ask the device for them (IORING_SETUP_IOPOLL).
+    polls_device: bool,
     last_errno: Option<i32>,
     io_wq_cpus: Vec<usize>,
     files_max: u32,
@@ -142,9 +159,12 @@ impl std::fmt::Debug for Ring {
 }
 
 /// The set-ups to try, best first: 6.6+ has NO_SQARRAY, 6.1 has DEFER_TASKRUN.
-fn build() -> io::Result<(IoUring, bool)> {
+fn build(polls_device: bool) -> io::Result<(IoUring, bool)> {
     let base = || {
         let mut builder = IoUring::builder();
+        if polls_device {
+            builder.setup_iopoll();
+        }
         builder
             .setup_r_disabled()
             .setup_single_issuer()
@@ -169,13 +189,46 @@ fn build() -> io::Result<(IoUring, bool)> {
     Err(last.unwrap_or_else(|| io::Error::from_raw_os_error(libc::EINVAL)))
 }
 
+/// Restricts a disabled ring to what is used. The kernel refuses a list with an entry that it does not know, and then keeps
+/// none of it: cloned buffers are of Linux 6.12, vectored ones of 6.15.
+fn restrict(uring: &IoUring, ops: &[u8], vectored: bool) -> io::Result<()> {
+    let new_ops: &[u8] = if vectored { &ALLOWED_NEW_OPS } else { &[] };
+    let known =
+        [IORING_REGISTER_FILES_UPDATE, IORING_REGISTER_BUFFERS_UPDATE, IORING_REGISTER_IOWQ_AFF];
+    let flags = (squeue::Flags::FIXED_FILE | squeue::Flags::ASYNC).bits();
+    let register = |registrations: &[u8]| {
+        let mut allowed: Vec<Restriction> =
+            ops.iter().chain(new_ops).map(|&op| Restriction::sqe_op(op)).collect();
+        allowed.extend(registrations.iter().map(|&op| Restriction::register_op(op)));
+        allowed.push(Restriction::sqe_flags_allowed(flags));
+        uring.submitter().register_restrictions(&mut allowed)
+    };
+    match register(&[&known[..], &[IORING_REGISTER_CLONE_BUFFERS]].concat()) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => register(&known),
+        result => result,
+    }
+}
+
 impl Ring {
     /// Builds a disabled, restricted ring. `io_wq_cpus`: where kernel workers may run (off the reactor cores).
     ///
     /// # Errors
     /// When the kernel has no usable io_uring.
     pub fn new(io_wq_cpus: &[usize]) -> Result<Ring, RingError> {
-        let (uring, defer_taskrun) = build().map_err(RingError::Setup)?;
+        Self::build(io_wq_cpus, false)
+    }
+
+    /// A ring beside the first, for transfers of block devices that are polled: it is entered in every pass while one of
+    /// its operations is in flight, since nothing else makes them complete. Kernel workers are those of the first ring.
+    ///
+    /// # Errors
+    /// As for [`Ring::new`].
+    pub fn new_polled() -> Result<Ring, RingError> {
+        Self::build(&[], true)
+    }
+
+    fn build(io_wq_cpus: &[usize], polls_device: bool) -> Result<Ring, RingError> {
+        let (uring, defer_taskrun) = build(polls_device).map_err(RingError::Setup)?;
         let register = |what| move |source| RingError::Register { what, source };
         let submitter = uring.submitter();
         // The kernel counts the table against the limit of open files.
@@ -186,22 +239,12 @@ impl Ring {
         // At most 16 kernel threads of each kind per ring: enough that FLUSH of one disk does not wait for another's
         // discard, and a thousand disks do not start a thousand threads.
         submitter.register_iowq_max_workers(&mut [16, 16]).map_err(register("worker limit"))?;
-        let mut allowed: Vec<Restriction> =
-            ALLOWED_OPS.iter().map(|&op| Restriction::sqe_op(op)).collect();
-        for op in [
-            IORING_REGISTER_FILES_UPDATE,
-            IORING_REGISTER_BUFFERS_UPDATE,
-            IORING_REGISTER_IOWQ_AFF,
-            IORING_REGISTER_CLONE_BUFFERS,
-        ] {
-            allowed.push(Restriction::register_op(op));
-        }
-        allowed.push(Restriction::sqe_flags_allowed(
-            (squeue::Flags::FIXED_FILE | squeue::Flags::ASYNC).bits(),
-        ));
-        submitter.register_restrictions(&mut allowed).map_err(register("restrictions"))?;
+        let fixed = FixedBuffers::new(&uring)?;
+        let ops: &[u8] = if polls_device { &POLLED_OPS } else { &ALLOWED_OPS };
+        restrict(&uring, ops, fixed.is_vectored()).map_err(register("restrictions"))?;
         Ok(Ring {
             uring,
+            fixed,
             io_wq_cpus: io_wq_cpus.to_vec(),
             files_max,
             inboxes: Vec::with_capacity(RING_CLIENTS_MAX),
@@ -211,6 +254,7 @@ impl Ring {
             next_file: 0,
             enters_count: 0,
             defer_taskrun,
+            polls_device,
             last_errno: None,
         })
     }
@@ -299,6 +343,17 @@ impl Ring {
         if self.uring.submitter().register_files_update(file.0, &[-1]).is_ok() {
             self.free_files.push(file.0);
         }
+    }
+
+    /// Empties a pin's slots in the kernel's table.
+    #[cold]
+    pub(super) fn empty_slots(&mut self, pin: &Pin) -> io::Result<()> {
+        let nothing = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+        for slot in pin.first_slot()..pin.first_slot() + len_u32(pin.slots_count()) {
+            // SAFETY: an empty entry names no memory.
+            unsafe { self.uring.submitter().register_buffers_update(slot, &[nothing], None)? };
+        }
+        Ok(())
     }
 
     /// Operations that may still be started before the completion queue could overflow.
@@ -403,12 +458,13 @@ impl Ring {
         self.last_errno.take().map(io::Error::from_raw_os_error)
     }
 
-    /// Enters the kernel if there are new entries or deferred work; otherwise makes no system call.
+    /// Enters the kernel if there are new entries or deferred work, or a device to be asked; otherwise makes no system call.
     #[inline]
     pub fn commit(&mut self) {
         let submission = self.uring.submission();
         let needed = !submission.is_empty() || submission.taskrun() || submission.cq_overflow();
         drop(submission);
+        let needed = needed || (self.polls_device && self.outstanding > 0);
         if needed {
             self.enter();
         }
@@ -567,6 +623,58 @@ mod tests {
         assert_eq!(ring.outstanding(), 0);
         assert!(ring.next_event(second).is_none());
         assert_eq!(ring.add_client(1).unwrap(), first);
+    }
+
+    /// Signals in the middle of a wait and of entries: nothing is lost, nothing is an error.
+    #[test]
+    fn interrupted_system_calls_lose_nothing() {
+        use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+        static HITS: AtomicU64 = AtomicU64::new(0);
+        extern "C" fn note(_: libc::c_int) {
+            HITS.fetch_add(1, Ordering::Relaxed);
+        }
+        // SAFETY: an all-zero sigaction without SA_RESTART is valid; the handler only counts.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = note as *const () as usize;
+            assert_eq!(libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut()), 0);
+        }
+        let mut ring = ring();
+        let client = ring.add_client(8).unwrap();
+        let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
+        assert!(ring.watch(client, 7, fd.as_raw_fd()));
+        // SAFETY: names the calling thread, which outlives the scope below.
+        let this = unsafe { libc::pthread_self() };
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    // SAFETY: the thread is alive until the scope ends.
+                    unsafe { libc::pthread_kill(this, libc::SIGUSR1) };
+                    std::thread::sleep(Duration::from_micros(200));
+                }
+            });
+            let mut heard = 0;
+            for round in 0..200_u32 {
+                // Some waits are cut short; others find what they wait for.
+                ring.wait(Duration::from_millis(1));
+                rustix::io::write(fd.as_fd(), &1u64.to_ne_bytes()).unwrap();
+                let start = std::time::Instant::now();
+                while heard <= round {
+                    ring.commit();
+                    ring.reap();
+                    while let Some(event) = ring.next_event(client) {
+                        assert!(event.more && event.result > 0, "{event:?}");
+                        heard += 1;
+                    }
+                    assert!(start.elapsed() < Duration::from_secs(10), "an event was lost");
+                }
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        assert!(HITS.load(Ordering::Relaxed) > 20);
+        assert!(ring.take_error().is_none());
     }
 
     #[test]

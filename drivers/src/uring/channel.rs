@@ -46,6 +46,10 @@ pub(super) struct UringChannel {
     /// Requests that the kernel does in worker threads: syncs and ranges.
     slow_count: usize,
     write_flags: i32,
+    /// Plain transfers go to the ring of polled devices.
+    polls: bool,
+    /// A ring that this channel brought and the reactor did not need: kept for the control thread to drop.
+    spare: Option<Ring>,
     oldest: Arc<OldestStart>,
     oldest_due_ns: u64,
     quiet_polls: u32,
@@ -61,7 +65,7 @@ impl UringChannel {
         ring: &mut Ring,
     ) -> Result<UringChannel, RingError> {
         let flights = Flights::open(slots, ring, shared.fd())?;
-        let write_flags = if shared.write_through { libc::RWF_DSYNC } else { 0 };
+        let write_flags = shared.write_flags;
         Ok(UringChannel {
             shared,
             flights,
@@ -71,10 +75,50 @@ impl UringChannel {
             lists_held: ListsHeld::default(),
             slow_count: 0,
             write_flags,
+            polls: false,
+            spare: None,
             oldest,
             oldest_due_ns: 0,
             quiet_polls: 0,
         })
+    }
+
+    /// Has the device polled from now on, with this ring unless the reactor has one.
+    #[cold]
+    pub(super) fn poll_device(&mut self, io: &mut IoCx, ring: Ring) -> Result<(), RingError> {
+        self.spare = io.use_polled(ring)?;
+        match &mut io.polled {
+            Some(ring) => self.flights.open_polled(ring, self.shared.fd())?,
+            None => return Ok(()),
+        }
+        self.polls = true;
+        Ok(())
+    }
+
+    /// The next result, from wherever it comes.
+    #[inline]
+    fn result(&mut self, io: &mut IoCx) -> Option<(Tag, i32)> {
+        if let Some(ring) = &mut io.ring
+            && let Some(landed) = self.flights.landed(ring)
+        {
+            return Some(landed);
+        }
+        while self.flights.polled_count() > 0 {
+            let (flight, result) = self.flights.landed_polled(io.polled.as_mut()?)?;
+            if result != -libc::EOPNOTSUPP {
+                return Some((flight, result));
+            }
+            self.stop_polling(io, flight);
+        }
+        None
+    }
+
+    /// The device gave up its queues for polling (a reset may do that): from now on it is not polled.
+    #[cold]
+    #[inline(never)]
+    fn stop_polling(&mut self, io: &mut IoCx, flight: Tag) {
+        self.polls = false;
+        self.go_on(io, flight, Outcome::Again(0));
     }
 
     /// Puts the request's next entry on the ring; false when the ring takes nothing now.
@@ -100,7 +144,14 @@ impl UringChannel {
         if direction != Direction::Write(libc::RWF_DSYNC) {
             left_bytes = left_bytes.min(io.fair.piece_bytes());
         }
-        let piece = self.flights.transfer(ring, flight, direction, at_bytes, left_bytes);
+        // What has to be stable goes the ordinary way: the flush behind it is nothing that can be polled for.
+        let plain = matches!(direction, Direction::Read | Direction::Write(0));
+        let piece = match &mut io.polled {
+            Some(polled) if self.polls && plain => {
+                self.flights.transfer_polled(polled, flight, direction, at_bytes, left_bytes)
+            }
+            _ => self.flights.transfer(ring, flight, direction, at_bytes, left_bytes),
+        };
         let (Some(piece_bytes), Some(work)) = (piece, self.flights.state(flight)) else {
             return false;
         };
@@ -197,6 +248,8 @@ impl Channel for UringChannel {
     #[inline]
     fn room(&self, io: &IoCx) -> Room {
         let ring_room = io.ring.as_ref().map_or(0, |ring| self.flights.entries_room(ring));
+        let polled_room = io.polled.as_ref().and_then(|ring| self.flights.polled_room(ring));
+        let ring_room = ring_room.min(polled_room.unwrap_or(u32::MAX));
         let requests = self.flights.room().min(ringmill_core::units::index(ring_room));
         let credit_bytes = io.fair.credit_bytes();
         // Half of the credit is for those that wait for their next piece.
@@ -243,8 +296,7 @@ impl Channel for UringChannel {
     fn poll(&mut self, io: &mut IoCx, done: &mut Completions) {
         let before = done.len();
         while !done.is_full() {
-            let Some(ring) = &mut io.ring else { return };
-            let Some((flight, result)) = self.flights.landed(ring) else { break };
+            let Some((flight, result)) = self.result(io) else { break };
             if let Some(status) = self.settle(io, flight, result) {
                 self.finish(io, flight, status, done);
             }
@@ -277,13 +329,16 @@ impl Channel for UringChannel {
     }
 
     fn must_poll(&self) -> bool {
-        !self.waiting.is_empty() || self.off_ring_count > 0
+        !self.waiting.is_empty() || self.off_ring_count > 0 || self.flights.polled_count() > 0
     }
 
     #[cold]
     fn close(&mut self, io: &mut IoCx) {
         if let Some(ring) = &mut io.ring {
             self.flights.close(ring);
+        }
+        if let Some(ring) = &mut io.polled {
+            self.flights.close_polled(ring);
         }
     }
 }

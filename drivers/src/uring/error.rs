@@ -140,6 +140,14 @@ pub enum OpenProblem {
         /// The image.
         path: PathBuf,
     },
+    /// IOPOLL is impossible.
+    #[error("{path:?}: iopoll = true, but {why}; leave iopoll out")]
+    Poll {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        why: &'static str,
+    },
     /// Mounted.
     #[error("{path:?} is mounted at {at:?}; unmount it, or set readonly = true")]
     Mounted {

@@ -9,6 +9,8 @@ mod channel;
 mod discard_thread;
 mod error;
 mod format;
+#[cfg(test)]
+mod live_tests;
 mod lock;
 mod mounts;
 mod open;
@@ -23,10 +25,10 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use ringmill_core::bdev::{
-    AlignChannel, Alignment, Bdev, BdevError, BdevInfo, BlockLocks, ChannelSeed,
+    AlignChannel, Alignment, Bdev, BdevError, BdevInfo, BlockLocks, Channel, ChannelSeed,
 };
 use ringmill_core::io::Slots;
-use ringmill_core::reactor::{Clock, ReactorHandle};
+use ringmill_core::reactor::{Clock, ReactorHandle, Ring};
 
 use crate::GateChannel;
 use ability::Abilities;
@@ -49,8 +51,12 @@ struct Shared {
     abilities: Abilities,
     /// Every write is stable before it completes.
     write_through: bool,
+    /// RWF_ flags of every write.
+    write_flags: i32,
     /// Through the host's page cache.
     buffered: bool,
+    /// Ends of transfers are asked for (IOPOLL), not announced by interrupts.
+    polled: bool,
     /// Bytes that lengths of transfers come in; a read that ends elsewhere met the end of the file.
     transfer_unit_bytes: u32,
     counters: Counters,
@@ -155,12 +161,20 @@ impl Bdev for UringBdev {
         let (info, shared) = (Arc::clone(&self.info), Arc::clone(&self.shared));
         let (rules, locks) = (self.rules, self.locks.clone());
         let (slots, answers) = (Slots::new(REQUESTS_MAX), discard_thread::answers());
+        // Built here for a reactor that has none yet.
+        let polled = shared.polled.then(Ring::new_polled).transpose()?;
         Ok(Box::new(move |io| {
             let Some(ring) = &mut io.ring else {
                 let reason = "a uring disk needs a reactor with an io_uring".to_owned();
                 return Err(BdevError::Refused { name: info.name().to_owned(), reason });
             };
-            let channel = UringChannel::open(shared, slots, answers, oldest, ring)?;
+            let mut channel = UringChannel::open(shared, slots, answers, oldest, ring)?;
+            if let Some(polled) = polled
+                && let Err(error) = channel.poll_device(io, polled)
+            {
+                channel.close(io);
+                return Err(error.into());
+            }
             Ok(Box::new(GateChannel::new(AlignChannel::new(channel, rules, locks), info)))
         }))
     }
@@ -180,6 +194,7 @@ impl Bdev for UringBdev {
         facts.extend([
             ("memory_alignment_bytes", self.rules.address_bytes.to_string()),
             ("transfer_block_bytes", self.rules.block_bytes.to_string()),
+            ("iopoll", self.shared.polled.to_string()),
             ("missing", self.shared.abilities.missing()),
             ("continued", counters.continued.load(Ordering::Relaxed).to_string()),
             ("retried", counters.retried.load(Ordering::Relaxed).to_string()),

@@ -71,6 +71,8 @@ pub struct UringOptions {
     pub read_only: bool,
     /// Serve it raw even if it starts like an image of another format.
     pub format_raw: bool,
+    /// Ask a block device for the ends of transfers instead of waiting for its interrupts.
+    pub iopoll: bool,
     /// Identity; `None`: a random one.
     pub uuid: Option<Uuid>,
 }
@@ -283,6 +285,23 @@ fn probe_abilities(
     abilities
 }
 
+/// Refuses to poll what cannot be polled.
+fn check_polling(options: &UringOptions, device: Option<DeviceNumber>) -> Result<(), OpenProblem> {
+    let path = options.filename.clone();
+    let Some(device) = device else {
+        return Err(OpenProblem::Poll { path, why: "only block devices can be polled" });
+    };
+    if options.cache != CacheMode::None {
+        return Err(OpenProblem::Poll { path, why: "polling needs cache = \"none\"" });
+    }
+    if probe::queue_number(device, "io_poll") != Some(1) {
+        let why = "the device has no queues to poll (queue/io_poll is 0); NVMe gets them by nvme.poll_queues=N on the \
+                   kernel's command line";
+        return Err(OpenProblem::Poll { path, why });
+    }
+    Ok(())
+}
+
 fn open_image(name: &str, options: &UringOptions) -> Result<UringBdev, OpenProblem> {
     let path = || options.filename.clone();
     let (file, meta) = open_file(options)?;
@@ -293,6 +312,9 @@ fn open_image(name: &str, options: &UringOptions) -> Result<UringBdev, OpenProbl
     }
     check_format(&file, options)?;
     let device = meta.file_type().is_block_device().then(|| device_number(meta.rdev()));
+    if options.iopoll {
+        check_polling(options, device)?;
+    }
     let direct = options.cache == CacheMode::None;
     // An empty file cannot be tried, and has a better message coming.
     let has_data = probe::size_bytes(&file).is_ok_and(|bytes| bytes > 0);
@@ -321,7 +343,12 @@ fn open_image(name: &str, options: &UringOptions) -> Result<UringBdev, OpenProbl
             file,
             abilities,
             write_through: options.cache == CacheMode::WriteThrough,
+            write_flags: match options.cache {
+                CacheMode::WriteThrough => libc::RWF_DSYNC,
+                CacheMode::None | CacheMode::WriteBack => 0,
+            },
             buffered: !direct,
+            polled: options.iopoll,
             transfer_unit_bytes: if direct { offset_bytes } else { 1 },
             counters: Counters::default(),
             sync_failed: AtomicI32::new(0),

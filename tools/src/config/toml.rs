@@ -36,6 +36,7 @@ const DISK_KEYS: &[&str] = &[
     "cpumask",
     "device_queues",
     "format",
+    "iopoll",
     "kind",
     "name",
     "num_queues",
@@ -194,6 +195,9 @@ fn image(
     if let Some(format) = section.word("format", &["raw"])? {
         bdev.insert("format".to_owned(), format.into());
     }
+    if section.flag("iopoll")?.unwrap_or(false) {
+        bdev.insert("iopoll".to_owned(), true.into());
+    }
     Ok(())
 }
 
@@ -204,7 +208,7 @@ fn memory(
     backend: &str,
     bdev: &mut Map<String, Value>,
 ) -> Result<(), ConfigError> {
-    for key in ["path", "cache", "format"] {
+    for key in ["path", "cache", "format", "iopoll"] {
         if let Some((_, span)) = section.get(key) {
             let message = format!(
                 "disk \"{name}\" is of backend {backend} and has no \"{key}\"; leave it out"

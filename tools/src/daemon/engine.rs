@@ -83,7 +83,6 @@ pub struct DaemonEngine {
     pub(super) reactors: Vec<ReactorHandle>,
     pub(super) disks: Vec<Disk>,
     pub(super) controllers: Vec<Controller>,
-    pub(super) pins: HashMap<String, PinMode>,
     events: EventSender,
     /// What may block runs here.
     pub jobs: Jobs<DaemonEngine>,
@@ -171,7 +170,6 @@ impl DaemonEngine {
             reactors,
             disks: Vec::new(),
             controllers: Vec::new(),
-            pins: HashMap::new(),
             events,
             jobs: Jobs::new()?,
             sockets,
@@ -238,7 +236,6 @@ impl DaemonEngine {
                 DiskFigures::of(controller.queue_statuses().map(|(_, s)| s.stats.as_ref()));
             self.former.entry(controller.spec().bdev.clone()).or_default().add(&figures);
             self.latency_bases.remove(&name);
-            self.pins.remove(&name);
             if let Some(deletion) = self.deletions.remove(&name) {
                 self.finished.push((deletion.token, Ok(())));
             }
@@ -483,7 +480,7 @@ impl Engine for DaemonEngine {
                     image: None,
                 })?;
             }
-            BackendSpec::Uring { path, block_size, readonly, cache, raw_is_explicit } => {
+            BackendSpec::Uring { path, block_size, readonly, cache, iopoll, raw_is_explicit } => {
                 let options = UringOptions {
                     filename: path.clone(),
                     block_bytes: *block_size,
@@ -494,6 +491,7 @@ impl Engine for DaemonEngine {
                     },
                     read_only: *readonly,
                     format_raw: *raw_is_explicit,
+                    iopoll: *iopoll,
                     uuid,
                 };
                 return self.open_image(&spec, options, token);
@@ -624,15 +622,7 @@ impl Engine for DaemonEngine {
     }
 
     fn controllers(&self) -> Vec<ControllerInfo> {
-        self.controllers
-            .iter()
-            .map(|c| {
-                views::controller_info(
-                    c,
-                    self.pins.get(&c.spec().name).copied().unwrap_or_default(),
-                )
-            })
-            .collect()
+        self.controllers.iter().map(views::controller_info).collect()
     }
 
     fn create_controller(&mut self, spec: ControllerSpec, _token: Token) -> Started {
@@ -643,13 +633,7 @@ impl Engine for DaemonEngine {
             );
             return Err(EngineError::Refused(message));
         }
-        if spec.pin == PinMode::On {
-            let message =
-                "pin = \"on\" is not supported by this version; use \"auto\" or \"off\"".to_owned();
-            return Err(EngineError::Refused(message));
-        }
         let reactors = views::choose_reactors(&self.reactors, spec.cores.as_deref())?;
-        let pin = spec.pin;
         let glue = GlueSpec {
             socket: self.sockets.dir.join(&spec.name),
             name: spec.name,
@@ -659,13 +643,16 @@ impl Engine for DaemonEngine {
             read_only: spec.readonly,
             serial: spec.serial,
             queues_max: spec.queues_max.unwrap_or(QUEUES_DEFAULT),
+            // The kernel's devices work with unpinned memory, which stays right whatever the guest's balloon does.
+            pin: match spec.pin {
+                PinMode::On => true,
+                PinMode::Auto | PinMode::Off => false,
+            },
         };
-        let name = glue.name.clone();
         let number = self.next_controller;
         let controller = Controller::new(number, glue, &self.registry, reactors, &self.events)
             .map_err(controller_error)?;
         self.next_controller += 1;
-        self.pins.insert(name, pin);
         self.controllers.push(controller);
         Ok(Progress::Done)
     }

@@ -6,13 +6,13 @@ use ringmill_core::io::IoOp;
 use ringmill_core::reactor::{ReactorHandle, ns_to_ticks, tick_rate};
 use ringmill_core::spec::{virtio_blk as blk, virtio_ring as ring};
 use ringmill_drivers::uring;
-use ringmill_vmm_glue::blk::{Controller, ControllerState};
+use ringmill_vmm_glue::blk::{Controller, ControllerState, PinView};
 
 use super::engine::Disk;
 use crate::rpc::cpumask;
 use crate::rpc::engine::{
-    BdevInfo, CacheMode, ControllerInfo, EngineError, IoTypes, PinMode, PollerInfo, QueueInfo,
-    ReactorInfo, SessionInfo, ThreadInfo,
+    BdevInfo, CacheMode, ControllerInfo, EngineError, IoTypes, PollerInfo, QueueInfo, ReactorInfo,
+    SessionInfo, ThreadInfo,
 };
 
 const FEATURE_NAMES: [(u64, &str); 15] = [
@@ -97,11 +97,27 @@ pub(super) fn choose_reactors(
         .collect()
 }
 
+/// The controller's pinning in a word: what is worst over its front-ends.
+fn pin_state<'a>(wanted: bool, sessions: impl Iterator<Item = &'a PinView>) -> String {
+    if !wanted {
+        return "off".to_owned();
+    }
+    let sessions: Vec<&PinView> = sessions.collect();
+    let refusal = sessions.iter().find_map(|pin| match pin {
+        PinView::Refused(reason) => Some(format!("refused: {reason}")),
+        _ => None,
+    });
+    // Without a front-end there is nothing to pin yet.
+    let on = sessions.contains(&&PinView::On) && !sessions.contains(&&PinView::Pinning);
+    refusal.unwrap_or_else(|| if on { "on" } else { "pinning" }.to_owned())
+}
+
 /// A controller with its sessions.
-pub(super) fn controller_info(controller: &Controller, pin: PinMode) -> ControllerInfo {
+pub(super) fn controller_info(controller: &Controller) -> ControllerInfo {
     let spec = controller.spec();
-    let sessions: Vec<SessionInfo> = controller
-        .sessions()
+    let views = controller.sessions();
+    let pin_state = pin_state(spec.pin, views.iter().map(|session| &session.pin));
+    let sessions: Vec<SessionInfo> = views
         .into_iter()
         .map(|session| SessionInfo {
             id: session.vid,
@@ -150,10 +166,7 @@ pub(super) fn controller_info(controller: &Controller, pin: PinMode) -> Controll
         delay_base_us,
         iops_threshold,
         state,
-        pin_state: match pin {
-            PinMode::Auto => "auto (unpinned)".to_owned(),
-            PinMode::On | PinMode::Off => "off".to_owned(),
-        },
+        pin_state,
         sessions,
     }
 }

@@ -71,6 +71,36 @@ impl Initramfs {
         Ok(Self { path })
     }
 
+    /// An archive that is there already.
+    #[must_use]
+    pub fn at(path: &Path) -> Self {
+        Self { path: path.to_owned() }
+    }
+
+    /// Writes the same with more programs on board, each at the place that it has here. Not for the cache: programs under
+    /// test change all the time.
+    ///
+    /// # Errors
+    /// As for [`Initramfs::obtain`].
+    pub fn with_programs(&self, path: &Path, programs: &[PathBuf]) -> Result<Self, LabError> {
+        let mut files = BTreeSet::new();
+        for program in programs {
+            add_program(&mut files, program)?;
+        }
+        let append = || {
+            let mut out = fs::File::create(path)?;
+            io::copy(&mut fs::File::open(&self.path)?, &mut out)?;
+            // The kernel unpacks one archive after the other.
+            let mut archive = Archive::new(BufWriter::new(out));
+            for file in &files {
+                archive.file(&merged_usr(file), &fs::read(file)?)?;
+            }
+            archive.finish()
+        };
+        append().map_err(LabError::io(format!("writing {}", path.display())))?;
+        Ok(Self { path: path.to_owned() })
+    }
+
     /// Where it is.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -87,17 +117,18 @@ fn program_files(payload: Payload) -> Result<BTreeSet<PathBuf>, LabError> {
     };
     let mut files = BTreeSet::from([found("busybox")?]);
     for program in payload.programs() {
-        let path = found(program)?;
-        let listing = run_text(command("ldd").arg(&path))?;
-        files.extend(libraries(&listing).map_err(|library| {
-            LabError::protocol(
-                "ldd",
-                format!("{} needs {library}, which is not there", path.display()),
-            )
-        })?);
-        files.insert(path);
+        add_program(&mut files, &found(program)?)?;
     }
     Ok(files)
+}
+
+fn add_program(files: &mut BTreeSet<PathBuf>, path: &Path) -> Result<(), LabError> {
+    let listing = run_text(command("ldd").arg(path))?;
+    files.extend(libraries(&listing).map_err(|library| {
+        LabError::protocol("ldd", format!("{} needs {library}, which is not there", path.display()))
+    })?);
+    files.insert(path.to_owned());
+    Ok(())
 }
 
 /// Reads what `ldd` prints: `name => /path (address)`, or the loader as a bare path. The error is a missing library.

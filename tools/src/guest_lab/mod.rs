@@ -74,6 +74,21 @@ impl Lab {
         self.kernel = Some(kernel);
         Ok(image)
     }
+
+    /// The same with programs of ours on board, written to `scratch`.
+    ///
+    /// # Errors
+    /// As for [`Lab::linux`].
+    pub fn linux_with_programs(
+        &mut self,
+        scratch: &ScratchDir,
+        programs: &[PathBuf],
+    ) -> Result<LinuxImage, LabError> {
+        let kernel = self.linux(Payload::Base)?;
+        let base = Initramfs::at(&kernel.initramfs);
+        let with = base.with_programs(&scratch.path().join("initramfs.cpio"), programs)?;
+        Ok(LinuxImage { initramfs: with.path().to_owned(), ..kernel })
+    }
 }
 
 /// The two files that QEMU loads to boot Linux.

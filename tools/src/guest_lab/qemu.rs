@@ -55,13 +55,24 @@ pub struct MachineConfig {
     pub cpus_count: u16,
     /// RAM.
     pub memory_mib: u32,
+    /// An image behind an emulated NVMe controller: `nvme0n1`.
+    pub nvme: Option<PathBuf>,
+    /// More words of the kernel's command line.
+    pub kernel_words: String,
 }
 
 impl MachineConfig {
     /// Two vCPUs, 768 MiB.
     #[must_use]
     pub fn new(boot: Boot, disks: Vec<DiskConfig>) -> Self {
-        Self { boot, disks, cpus_count: 2, memory_mib: 768 }
+        Self {
+            boot,
+            disks,
+            cpus_count: 2,
+            memory_mib: 768,
+            nvme: None,
+            kernel_words: String::new(),
+        }
     }
 }
 
@@ -154,14 +165,16 @@ fn arguments(
             format!("vhost-user-blk-pci,chardev=disk{index},num-queues={queues}{boot}{properties}"),
         );
     }
+    if let Some(image) = &config.nvme {
+        option("drive", format!("if=none,id=nvme0,format=raw,file={}", escape(image)));
+        option("device", "nvme,serial=lab0,drive=nvme0".to_owned());
+    }
     if let Boot::Linux(image) = &config.boot {
         option("kernel", image.kernel.display().to_string());
         option("initrd", image.initramfs.display().to_string());
         // panic=0: a panic stays on the console to be read; mitigations only cost time here.
-        option(
-            "append",
-            "console=ttyS0 quiet panic=0 mitigations=off random.trust_cpu=on".to_owned(),
-        );
+        let words = "console=ttyS0 quiet panic=0 mitigations=off random.trust_cpu=on";
+        option("append", format!("{words} {}", config.kernel_words).trim_end().to_owned());
     }
     args.extend(["-nodefaults".to_owned(), "-no-user-config".to_owned()]);
     args

@@ -163,6 +163,8 @@ pub enum BackendSpec {
         readonly: bool,
         /// Use of the host's page cache.
         cache: CacheMode,
+        /// Poll the block device instead of waiting for its interrupts.
+        iopoll: bool,
         /// The user said `format = "raw"`: do not refuse a file that looks like another format.
         raw_is_explicit: bool,
     },
@@ -400,7 +402,7 @@ pub struct ControllerInfo {
     pub iops_threshold: u32,
     /// `listening`, `connected`, `running`, `draining` …
     pub state: &'static str,
-    /// Memory pinning in a word, as `off`, `pinned`, `unpinned: RLIMIT_MEMLOCK`.
+    /// Memory pinning: `off`, `pinning` (also while no front-end has rings), `on` or `refused: ` with the reason.
     pub pin_state: String,
     /// Connected front-ends (0 or 1).
     pub sessions: Vec<SessionInfo>,

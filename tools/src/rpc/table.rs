@@ -42,6 +42,12 @@ const FORMAT: Param = Param::may(
     "",
     "say raw to use a file that looks like qcow2 or VMDK as it is",
 );
+const IOPOLL: Param = Param::may(
+    "iopoll",
+    Kind::Flag,
+    "false",
+    "poll a block device that has queues for it, instead of waiting for interrupts",
+);
 const IMAGE_READONLY: Param =
     Param::may("readonly", Kind::Flag, "false", "open the image read-only");
 const IMAGE_BLOCK_SIZE: Param = Param::may(
@@ -228,7 +234,17 @@ pub const METHODS: &[Method] = &[
         "bdev_uring_create",
         "Opens a file or block device through io_uring",
         bdev::create_uring,
-        [NAME, FILENAME, IMAGE_BLOCK_SIZE, UUID, IMAGE_READONLY, CACHE, FORMAT, DEVICE_QUEUES,]
+        [
+            NAME,
+            FILENAME,
+            IMAGE_BLOCK_SIZE,
+            UUID,
+            IMAGE_READONLY,
+            CACHE,
+            FORMAT,
+            DEVICE_QUEUES,
+            IOPOLL,
+        ]
     ),
     method!("bdev_uring_delete", "Closes a file or block device", bdev::delete_uring, [NAME]),
     method!(
@@ -252,6 +268,7 @@ pub const METHODS: &[Method] = &[
             CACHE,
             FORMAT,
             DEVICE_QUEUES,
+            IOPOLL,
         ]
     ),
     method!("bdev_aio_delete", "The same as bdev_uring_delete", bdev::delete_uring, [NAME]),

@@ -21,7 +21,7 @@ use thiserror::Error;
 use crate::vhost_user::{Peer, Session};
 
 use super::event::{Event, EventKind, EventSender};
-use super::frontend::{FrontEnd, Shared, Turn};
+use super::frontend::{FrontEnd, PinView, Shared, Turn};
 use super::places::Places;
 use super::{BlkDevice, QueueStatus, WorkerEvent};
 
@@ -108,6 +108,8 @@ pub struct ControllerSpec {
     pub serial: Option<String>,
     /// Queues on offer.
     pub queues_max: u16,
+    /// Pin guests' memory, so that the kernel does not do it for every request.
+    pub pin: bool,
 }
 
 /// Where a controller stands.
@@ -158,6 +160,8 @@ pub struct SessionView {
     pub protocol_features: u64,
     /// Memory regions and their bytes.
     pub memory: (usize, u64),
+    /// Whether its memory is pinned.
+    pub pin: PinView,
     /// Its started rings.
     pub queues: Vec<QueueView>,
 }
@@ -306,6 +310,7 @@ impl Controller {
             queues_max: spec.queues_max,
             places: Mutex::new(places),
             statuses,
+            pin: spec.pin,
             events: events.clone(),
         });
         Ok(Controller {
@@ -407,6 +412,7 @@ impl Controller {
                     features: connected.front.features(),
                     protocol_features: session.map_or(0, Session::protocol_features),
                     memory: (regions.len(), regions.iter().map(|r| r.len_bytes).sum()),
+                    pin: connected.front.pin_view(),
                     queues: (0..).zip(&connected.front.rings).filter_map(queue).collect(),
                 }
             })
@@ -566,6 +572,16 @@ impl Controller {
                 tracing::error!(
                     controller = %self.spec.name, session = vid, queue = index, "every request will fail: {error}"
                 );
+            }
+            EventKind::Worker { vid, event: WorkerEvent::Unpinned(error), .. } => {
+                if let Some(connected) = self.sessions.get_mut(&vid) {
+                    connected.front.cannot_pin(error.to_string());
+                }
+            }
+            EventKind::Pinned { vid, result } => {
+                if let Some(connected) = self.sessions.get_mut(&vid) {
+                    connected.front.on_pinned(result);
+                }
             }
             EventKind::Leftover(leftover) => drop(leftover),
             EventKind::Age { vid, index, age_ns } => self.on_age(vid, index, age_ns),

@@ -160,6 +160,8 @@ pub enum WorkerEvent {
     NoChannel(BdevError),
     /// The reactor's ring has no place for its notifications; the queue has stopped.
     NoNotifications(RingError),
+    /// The reactor's ring does not take the guest's pinned memory; requests go on without.
+    Unpinned(RingError),
 }
 
 /// Where a queue stands.

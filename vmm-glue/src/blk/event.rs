@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 
 use ringmill_core::bdev::BdevEvent;
+use ringmill_core::mem::PinError;
 use ringmill_core::reactor::Poller;
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -74,6 +75,13 @@ pub(super) enum EventKind {
         index: u16,
         /// Nanoseconds; `None`: nothing in flight.
         age_ns: Option<u64>,
+    },
+    /// The kernel has a session's memory, or refused it.
+    Pinned {
+        /// The session.
+        vid: u64,
+        /// The refusal.
+        result: Result<(), PinError>,
     },
     /// The bdev below changed.
     Bdev(BdevEvent),

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use ringmill_core::IoStatus;
 use ringmill_core::bdev::{Bdev, InstantChannel};
 use ringmill_core::limits::MEMORY_REGIONS_MAX;
-use ringmill_core::mem::{Mapping, MappingError, MemTable, RegionSpec};
+use ringmill_core::mem::{MappingError, MemTable};
 use ringmill_core::reactor::{Done, Message, PollerId, Reactor, ReactorCx, ReactorHandle};
 use ringmill_core::spec::virtio_blk as spec;
 use ringmill_core::stats::QueueStats;
@@ -29,8 +29,13 @@ use super::{
 };
 
 mod moving;
+mod pinning;
 
 use moving::{Move, Transit};
+
+use pinning::add_region;
+
+pub use pinning::PinView;
 
 /// What a controller lends to its front-ends.
 #[derive(Debug)]
@@ -42,6 +47,8 @@ pub(super) struct Shared {
     pub(super) places: Mutex<Places>,
     /// Of the queues that were ever started.
     pub(super) statuses: Vec<OnceLock<Arc<QueueStatus>>>,
+    /// Guests' memory is pinned.
+    pub(super) pin: bool,
     pub(super) events: EventSender,
 }
 
@@ -166,6 +173,10 @@ pub(super) struct FrontEnd {
     unsent: Vec<(ReactorHandle, Message)>,
     /// What this front-end's guest chose for the write cache; `None`: nothing yet.
     wanted_writeback: Option<bool>,
+    /// Why memory is not pinned although it should be; said once.
+    unpinned: Option<String>,
+    /// Memory was pinned while it changed: the reactors are to be told after that.
+    pins_untold: bool,
 }
 
 impl FrontEnd {
@@ -185,6 +196,8 @@ impl FrontEnd {
             operations_count: 0,
             unsent: Vec::new(),
             wanted_writeback: None,
+            unpinned: None,
+            pins_untold: false,
         }
     }
 
@@ -206,6 +219,7 @@ impl FrontEnd {
     pub(super) fn activate(&mut self) {
         self.active = true;
         self.apply_cache_mode();
+        self.pin_memory();
         for index in 0..self.shared.queues_max {
             self.launch(index);
         }
@@ -442,11 +456,11 @@ impl FrontEnd {
                 }
             }),
             (_, Some(Kind::ReplaceMemory(mem) | Kind::AddMemory(mem))) => {
-                let mem = Arc::clone(mem);
+                let (mem, pins) = (Arc::clone(mem), mem.pinned());
                 let windows = format::windows(&mem, start);
                 Box::new(move |reactor: &mut Reactor| {
                     let old = with_worker(reactor, id, |worker, cx| {
-                        let old = worker.set_memory(mem, windows);
+                        let old = (worker.set_pins(cx, pins), worker.set_memory(mem, windows));
                         worker.resume(cx, None);
                         old
                     });
@@ -511,6 +525,7 @@ impl FrontEnd {
         match operation.kind {
             Kind::ReplaceMemory(mem) | Kind::AddMemory(mem) => {
                 self.mem = mem;
+                self.memory_changed();
                 Turn::Complete(Completion::Done)
             }
             Kind::Enable(..) => Turn::Complete(Completion::Done),
@@ -589,21 +604,10 @@ impl FrontEnd {
     fn build_memory(&self, regions: Vec<RegionDesc>) -> Result<Arc<MemTable>, Refusal> {
         let mut table = MemTable::new();
         for region in regions {
-            add_region(&mut table, &region)?;
+            add_region(&mut table, &region, self.shared.pin)?;
         }
         Ok(Arc::new(table))
     }
-}
-
-fn add_region(table: &mut MemTable, region: &RegionDesc) -> Result<(), Refusal> {
-    let mapping = Arc::new(Mapping::foreign(&region.fd, region.mmap_offset, region.len_bytes)?);
-    let spec = RegionSpec {
-        guest_addr: region.guest_addr,
-        len_bytes: region.len_bytes,
-        user_addr: region.user_addr.0,
-    };
-    table.add(spec, mapping)?;
-    Ok(())
 }
 
 impl Backend for FrontEnd {
@@ -657,6 +661,7 @@ impl Backend for FrontEnd {
         let table = self.build_memory(regions)?;
         if !self.is_busy() {
             self.mem = table;
+            self.memory_changed();
             return Ok(Progress::Done);
         }
         self.begin(Kind::ReplaceMemory(table));
@@ -665,9 +670,10 @@ impl Backend for FrontEnd {
 
     fn add_mem_region(&mut self, region: RegionDesc) -> Result<Progress, Refusal> {
         let mut table = MemTable::clone(&self.mem);
-        add_region(&mut table, &region)?;
+        add_region(&mut table, &region, self.shared.pin)?;
         if !self.is_busy() {
             self.mem = Arc::new(table);
+            self.memory_changed();
             return Ok(Progress::Done);
         }
         self.begin(Kind::AddMemory(Arc::new(table)));
@@ -689,6 +695,7 @@ impl Backend for FrontEnd {
         }
         if !self.is_busy() {
             self.mem = Arc::new(table);
+            self.memory_changed();
             return Ok(Progress::Done);
         }
         self.begin(Kind::ReplaceMemory(Arc::new(table)));

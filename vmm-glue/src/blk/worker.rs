@@ -14,7 +14,7 @@ use ringmill_core::bdev::{Channel, ChannelSeed};
 use ringmill_core::io::{Completion, IoOp, Slots};
 use ringmill_core::limits::QUEUE_INFLIGHT_MAX;
 use ringmill_core::mem::{Segment, lost_mappings_count};
-use ringmill_core::reactor::{ClientId, Done, Poller, ReactorCx, Share};
+use ringmill_core::reactor::{ClientId, Done, HeldPins, Poller, ReactorCx, Share};
 use ringmill_core::units::{len_u32, usize_of};
 
 use crate::virtq::{Chain, QueueError, Virtqueue};
@@ -66,6 +66,7 @@ pub struct QueueWorker<V, T> {
     lost_seen: u32,
     seed: Option<ChannelSeed>,
     trial: Trial,
+    pins: HeldPins,
     waiting: Vec<Done>,
 }
 
@@ -91,6 +92,7 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
             lost_seen: lost_mappings_count(),
             seed: None,
             trial: Trial::default(),
+            pins: HeldPins::new(parts.mem.pinned()),
             waiting: Vec::with_capacity(4),
             state: QueueState::Running,
             parts,

@@ -5,13 +5,14 @@
 //! Owner: one thread of a test. **Invariant:** every tag is completed exactly once, and what is in flight agrees with
 //! what the channel says; a bed that ends has all its pool memory back.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::bdev::{Bdev, Channel, InstantChannel};
 use crate::io::{Completions, IoFlags, IoOp, IoRequest, Slots, Tag};
 use crate::limits::{BOUNCE_BUFFERS, FAIR_HOLD_NS, QUEUE_INFLIGHT_MAX};
-use crate::mem::{MemTable, Segment};
-use crate::reactor::{ReactorCx, Ring, Share};
+use crate::mem::{Mapping, MemTable, RegionSpec, Segment, register_pins};
+use crate::reactor::{HeldPins, ReactorCx, Ring, Share};
 use crate::status::IoStatus;
 use crate::units::{GuestAddr, bytes_u64, index, len_u32};
 
@@ -28,6 +29,7 @@ pub struct TestBed {
     pub cx: ReactorCx,
     channel: Box<dyn Channel>,
     memory: MemTable,
+    pins: HeldPins,
     ledger: Slots<()>,
     done: Completions,
     share: Share,
@@ -56,8 +58,33 @@ impl TestBed {
         let ledger = Slots::new(QUEUE_INFLIGHT_MAX);
         let (share, light) = (cx.io.fair.join(), cx.io.fair.join());
         cx.io.fair.served_all(&light, 0);
-        let done = Completions::new();
-        TestBed { cx, channel, memory, ledger, done, share, turns_count: 0 }
+        let (done, pins) = (Completions::new(), HeldPins::default());
+        TestBed { cx, channel, memory, pins, ledger, done, share, turns_count: 0 }
+    }
+
+    /// As [`TestBed::new`], with memory that is pinned and known to the ring.
+    ///
+    /// # Panics
+    /// As there, or when the kernel refuses to pin.
+    #[must_use]
+    pub fn pinned(bdev: &dyn Bdev) -> TestBed {
+        let mut bed = TestBed::new(bdev);
+        let len_bytes = bytes_u64(ARENAS * ARENA_BYTES);
+        let mapping = Arc::new(Mapping::anonymous(ARENAS * ARENA_BYTES).expect("memory"));
+        let spec = RegionSpec { guest_addr: GuestAddr(0), len_bytes, user_addr: 0 };
+        bed.memory = MemTable::new();
+        bed.memory.add_to_pin(spec, mapping).expect("a region");
+        let pins: Vec<_> = bed.memory.pins().map(Arc::downgrade).collect();
+        register_pins(&pins).expect("pinned memory");
+        bed.pins = HeldPins::new(bed.memory.pinned());
+        bed.pins.hold(&mut bed.cx.io).expect("cloned buffers");
+        bed
+    }
+
+    /// Entries that named pinned memory so far.
+    #[must_use]
+    pub fn fixed_uses_count(&self) -> u64 {
+        self.cx.io.ring.as_ref().map_or(0, Ring::fixed_uses_count)
     }
 
     /// Memory from `at_bytes` of arena `arena` on.
@@ -70,6 +97,12 @@ impl TestBed {
         let addr = GuestAddr(bytes_u64(arena * ARENA_BYTES + at_bytes));
         let segment = self.memory.translate(addr, len_u32(len_bytes), &mut 0);
         segment.expect("inside the memory")
+    }
+
+    /// Whether the channel lets a reactor sleep now.
+    #[must_use]
+    pub fn must_poll(&self) -> bool {
+        self.channel.must_poll()
     }
 
     /// Requests that the bed has out.
@@ -207,6 +240,10 @@ impl TestBed {
         assert!(!self.channel.must_poll(), "an idle channel wants to be polled");
         self.channel.close(&mut self.cx.io);
         assert_eq!(self.cx.io.bounce.free_count(), BOUNCE_BUFFERS, "bounce buffers");
+        self.pins.let_go(&mut self.cx.io);
+        let rings = [&self.cx.io.ring, &self.cx.io.polled];
+        let left: usize = rings.into_iter().flatten().map(Ring::fixed_count).sum();
+        assert_eq!(left, 0, "slots in use");
     }
 }
 

@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use ringmill_core::IoStatus;
 use ringmill_core::bdev::{Channel, ChannelSeed, InstantChannel};
-use ringmill_core::mem::{MemTable, lost_mappings_count};
-use ringmill_core::reactor::{Done, Poller, ReactorCx};
+use ringmill_core::mem::{MemTable, Pin, lost_mappings_count};
+use ringmill_core::reactor::{Done, HeldPins, Poller, ReactorCx};
 
 use crate::virtq::{QueueError, RingWindows};
 
@@ -31,6 +31,10 @@ pub trait WorkerControl: Poller {
         mem: Arc<MemTable>,
         windows: Option<RingWindows>,
     ) -> (Arc<MemTable>, Option<RingWindows>);
+
+    /// Replaces the pinned memory that the reactor knows. When pins go, the caller quiesces first, and the memory that they
+    /// are part of goes with them. Returns the old ones, to be dropped by the control thread.
+    fn set_pins(&mut self, cx: &mut ReactorCx, pins: Vec<Arc<Pin>>) -> HeldPins;
 
     /// Replaces the call fd and signals it once, in case the old one missed something.
     fn set_call(&mut self, cx: &mut ReactorCx, call: Option<Arc<OwnedFd>>) -> Option<Arc<OwnedFd>>;
@@ -82,6 +86,15 @@ impl<V: Virtqueue, T: Tracking> WorkerControl for QueueWorker<V, T> {
     }
 
     #[cold]
+    fn set_pins(&mut self, cx: &mut ReactorCx, pins: Vec<Arc<Pin>>) -> HeldPins {
+        let (old, result) = self.pins.exchange(&mut cx.io, pins);
+        if let Err(error) = result {
+            (self.parts.events)(WorkerEvent::Unpinned(error));
+        }
+        old
+    }
+
+    #[cold]
     fn set_call(&mut self, cx: &mut ReactorCx, call: Option<Arc<OwnedFd>>) -> Option<Arc<OwnedFd>> {
         self.notifier.set_call(cx, call, &self.parts.status)
     }
@@ -128,6 +141,14 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
     pub fn with_seed(mut self, seed: ChannelSeed) -> Self {
         self.seed = Some(seed);
         self
+    }
+
+    #[cold]
+    #[inline(never)]
+    pub(super) fn hold_pins(&mut self, cx: &mut ReactorCx) {
+        if let Err(error) = self.pins.hold(&mut cx.io) {
+            (self.parts.events)(WorkerEvent::Unpinned(error));
+        }
     }
 
     /// Requests in flight.

@@ -55,6 +55,8 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
                 Err(error) => (self.parts.events)(WorkerEvent::NoChannel(error)),
             }
         }
+        // After the channel, which may have brought a second ring.
+        self.hold_pins(cx);
         let was_broken = self.state == QueueState::Broken;
         if let Err(error) = self.notifier.attach(cx) {
             if self.trial.on {
@@ -82,6 +84,7 @@ impl<V: Virtqueue, T: Tracking> QueueWorker<V, T> {
         if self.parts.channel.inflight() == 0 {
             self.parts.channel.close(&mut cx.io);
         }
+        self.pins.let_go(&mut cx.io);
         cx.io.fair.leave(&mut self.share);
         self.notifier.detach(cx, &self.parts.status);
         self.show();
