@@ -10,7 +10,9 @@ use ringmill_core::bdev::Bdev;
 use ringmill_core::reactor::{Poller, ReactorCx, Ring};
 use ringmill_core::spec::virtio_blk::{S_OK, T_IN};
 use ringmill_core::stats::QueueStats;
-use ringmill_vmm_glue::blk::{BlkDevice, NoTracking, QueueStatus, QueueWorker, WorkerParts};
+use ringmill_vmm_glue::blk::{
+    BlkDevice, NoTracking, QueueStatus, WorkerParts, packed_worker, split_worker,
+};
 use ringmill_vmm_glue::sim::{Buffer, Dice, DriverRing, GuestMemory, GuestRing, PackedDriverRing};
 use ringmill_vmm_glue::virtq::{PackedQueue, RingWindows, SplitQueue, Virtqueue};
 
@@ -44,6 +46,9 @@ pub trait Format {
 
     /// The device's side of a ring.
     fn queue(windows: RingWindows, ring: &Self::Ring, size: u16) -> Option<Self::Queue>;
+
+    /// What serves it.
+    fn worker(queue: Self::Queue, parts: WorkerParts<(), NoTracking>) -> Box<dyn Poller>;
 }
 
 /// virtio 1.2 §2.7.
@@ -60,6 +65,10 @@ impl Format for Split {
     fn queue(windows: RingWindows, _ring: &DriverRing, size: u16) -> Option<SplitQueue> {
         Some(SplitQueue::new(windows, size, 0, false, true))
     }
+
+    fn worker(queue: SplitQueue, parts: WorkerParts<(), NoTracking>) -> Box<dyn Poller> {
+        split_worker(queue, parts)
+    }
 }
 
 /// virtio 1.2 §2.8.
@@ -75,6 +84,10 @@ impl Format for Packed {
 
     fn queue(windows: RingWindows, ring: &PackedDriverRing, size: u16) -> Option<PackedQueue> {
         PackedQueue::new(windows, size, ring.base_at(0), false, true)
+    }
+
+    fn worker(queue: PackedQueue, parts: WorkerParts<(), NoTracking>) -> Box<dyn Poller> {
+        packed_worker(queue, parts)
     }
 }
 
@@ -177,8 +190,8 @@ impl<F: Format> WorkerRig<F> {
         let guest = Guest::new(indirect);
         let mut cx = ReactorCx::new(ring)?;
         let channel = bdev.open_channel(None)?(&mut cx.io)?;
-        let mut worker = QueueWorker::new(WorkerParts {
-            queue: guest.queue()?,
+        let parts = WorkerParts {
+            queue: (),
             tracking: NoTracking,
             mem: guest.memory.table(),
             device: Arc::new(BlkDevice::new(&bdev, "bench", false)),
@@ -188,9 +201,9 @@ impl<F: Format> WorkerRig<F> {
             call: None,
             enabled: true,
             events: Box::new(|_| ()),
-        });
+        };
+        let mut worker = black_box(F::worker(guest.queue()?, parts));
         worker.attach(&mut cx);
-        let worker = black_box(Box::new(worker) as Box<dyn Poller>);
         Ok(WorkerRig { guest, worker, cx, _bdev: bdev })
     }
 

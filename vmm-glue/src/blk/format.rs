@@ -60,6 +60,19 @@ fn serve<V: Virtqueue>(
     }
 }
 
+/// The worker of a split ring that is there already: for benchmarks, which must run the very code that serves guests and not
+/// a copy that was compiled for them.
+#[must_use]
+pub fn split_worker(queue: SplitQueue, parts: WorkerParts<(), NoTracking>) -> Box<dyn Poller> {
+    serve(queue, parts, None)
+}
+
+/// The same of a packed ring.
+#[must_use]
+pub fn packed_worker(queue: PackedQueue, parts: WorkerParts<(), NoTracking>) -> Box<dyn Poller> {
+    serve(queue, parts, None)
+}
+
 /// Runs `f` on the worker of this id, whatever its format; `None` when it is not on the reactor (any more).
 pub(super) fn with_worker<T>(
     reactor: &mut Reactor,

@@ -25,6 +25,7 @@ pub use controller::{
 };
 pub use device::{BlkDevice, QueueState, QueueStatus, WorkerEvent};
 pub use event::{Event, EventQueue, EventSender, event_queue};
+pub use format::{packed_worker, split_worker};
 pub use frontend::PinView;
 pub use request::{Parsed, Refusal, parse};
 pub use tracking::{NoTracking, Tracking};
