@@ -31,6 +31,11 @@ pub struct Segment {
 
 const _: () = assert!(size_of::<Segment>() == 16);
 
+/// Eight bytes at any address: one load, where an array of bytes would be eight.
+#[derive(Clone, Copy)]
+#[repr(C, packed)]
+struct Unaligned(u64);
+
 impl Segment {
     /// Only this module's siblings vouch for an address.
     #[inline]
@@ -122,16 +127,21 @@ impl Segment {
         prefetch_for_write(self.host);
     }
 
-    /// The first `N` bytes; `None` when the segment is shorter. Unlike [`Segment::read_into`], no call.
+    /// The first 16 bytes, read once; `None` when the segment is shorter. Unlike [`Segment::read_into`], no call.
     #[inline]
     #[must_use]
-    pub fn front<const N: usize>(&self) -> Option<[u8; N]> {
-        if index(self.len_bytes) < N {
+    pub fn front_16(&self) -> Option<[u8; 16]> {
+        if self.len_bytes < 16 {
             return None;
         }
-        // SAFETY: `N` bytes from `host` on lie inside a live mapping (type invariant and the check above); a byte array
-        // has no alignment and no invalid values. Volatile: others may write there meanwhile.
-        Some(unsafe { (self.host.0 as *const [u8; N]).read_volatile() })
+        let at = self.host.0 as *const Unaligned;
+        // SAFETY: 16 bytes from `host` on lie inside a live mapping (type invariant and the check above); the type has no
+        // alignment and no invalid values. Volatile: others may write there meanwhile.
+        let [first, second] = unsafe { [at.read_volatile().0, at.add(1).read_volatile().0] };
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&first.to_ne_bytes());
+        bytes[8..].copy_from_slice(&second.to_ne_bytes());
+        Some(bytes)
     }
 }
 

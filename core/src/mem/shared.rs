@@ -17,6 +17,8 @@ use crate::units::HostAddr;
 pub struct SharedSlice {
     base: NonNull<u8>,
     len_bytes: usize,
+    /// Every access of up to 8 bytes that starts before this lies inside: one comparison instead of two.
+    inner_bytes: usize,
     keep: Arc<Mapping>,
 }
 
@@ -42,7 +44,8 @@ impl SharedSlice {
         if (base.as_ptr() as usize) & (align_bytes - 1) != 0 {
             return None;
         }
-        Some(SharedSlice { base, len_bytes, keep: Arc::clone(mapping) })
+        let inner_bytes = len_bytes.saturating_sub(size_of::<u64>() - 1);
+        Some(SharedSlice { base, len_bytes, inner_bytes, keep: Arc::clone(mapping) })
     }
 
     /// Bytes in the window.
@@ -57,10 +60,18 @@ impl SharedSlice {
         self.keep.failed()
     }
 
+    #[cold]
+    #[inline(never)]
+    fn check_edge(&self, offset_bytes: usize, size_bytes: usize) {
+        assert!(offset_bytes <= self.len_bytes && size_bytes <= self.len_bytes - offset_bytes);
+    }
+
     /// The address of `offset_bytes` after the checks that every access needs.
     #[inline(always)]
     fn at(&self, offset_bytes: usize, size_bytes: usize) -> *mut u8 {
-        assert!(offset_bytes <= self.len_bytes && size_bytes <= self.len_bytes - offset_bytes);
+        if offset_bytes >= self.inner_bytes || size_bytes > size_of::<u64>() {
+            self.check_edge(offset_bytes, size_bytes);
+        }
         // SAFETY: the offset is inside the window, which is inside the mapping (established in `new`).
         let at = unsafe { self.base.as_ptr().add(offset_bytes) };
         debug_assert!((at as usize).is_multiple_of(size_bytes));
@@ -132,5 +143,35 @@ impl SharedSlice {
     #[inline]
     pub fn prefetch(&self, offset_bytes: usize) {
         prefetch(HostAddr((self.base.as_ptr() as usize).wrapping_add(offset_bytes)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+
+    #[test]
+    fn every_access_is_inside_the_window_or_refused() {
+        let mapping = Arc::new(Mapping::anonymous(4096).unwrap());
+        for len_bytes in [2usize, 4, 6, 8, 16, 4096] {
+            let window = SharedSlice::new(&mapping, 0, len_bytes, 2).unwrap();
+            let refused = |access: &dyn Fn()| catch_unwind(AssertUnwindSafe(access)).is_err();
+            for at in (0..len_bytes + 16).step_by(2).chain([usize::MAX - 1]) {
+                let fits = |size: usize| at.checked_add(size).is_some_and(|end| end <= len_bytes);
+                let load = || drop(window.load_u16(at, Ordering::Relaxed));
+                assert_eq!(refused(&load), !fits(2), "2 bytes at {at} of {len_bytes}");
+                if at % 4 == 0 {
+                    assert_eq!(refused(&|| drop(window.load_u32(at))), !fits(4), "4 at {at}");
+                    let pair = || window.store_u32_pair(at, 1, 2);
+                    assert_eq!(refused(&pair), !fits(8), "two times 4 at {at} of {len_bytes}");
+                }
+                if at % 8 == 0 {
+                    assert_eq!(refused(&|| drop(window.load_u64(at))), !fits(8), "8 at {at}");
+                }
+            }
+        }
+        assert!(SharedSlice::new(&mapping, 4090, 8, 2).is_none());
     }
 }

@@ -64,7 +64,7 @@ fn read_front(segments: &[Segment], out: &mut [u8]) -> usize {
 /// The header, read once; a driver may spread it over several buffers.
 #[inline]
 fn read_header(readable: &[Segment]) -> Option<[u8; index(spec::HEADER_BYTES)]> {
-    let whole = readable.first().and_then(Segment::front);
+    let whole = readable.first().and_then(Segment::front_16);
     if whole.is_some() { whole } else { read_header_pieces(readable) }
 }
 
@@ -95,7 +95,7 @@ fn trim_front(segments: &mut [Segment], mut count: u32) -> usize {
 ///
 /// # Errors
 /// [`QueueError::NoStatus`] never comes from here (the chain has one); the type is that of the queue's other errors.
-#[inline]
+#[inline(always)]
 pub fn parse(
     chain: &Chain,
     batch: &mut Batch,

@@ -144,7 +144,7 @@ impl PackedQueue {
             .table(desc.addr, desc.len_bytes)
             .ok_or(QueueError::Indirect("the table does not lie inside one memory region"))?;
         for at in 0..desc.len_bytes / 16 {
-            let bytes: [u8; DESC_BYTES] = table.sub(at * 16, 16).front().unwrap_or_default();
+            let bytes: [u8; DESC_BYTES] = table.sub(at * 16, 16).front_16().unwrap_or_default();
             let (addr, rest) = bytes.split_at(8);
             let word = |half: &[u8]| half.try_into().map_or(0, u64::from_le_bytes);
             let entry = Descriptor::from_words(word(addr), word(rest));

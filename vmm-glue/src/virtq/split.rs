@@ -143,7 +143,7 @@ impl SplitQueue {
 #[inline]
 fn read_indirect(table: &Segment, at: u32) -> Descriptor {
     // The caller has checked that the entry is in the table.
-    let bytes: [u8; DESC_BYTES] = table.sub(at * 16, 16).front().unwrap_or_default();
+    let bytes: [u8; DESC_BYTES] = table.sub(at * 16, 16).front_16().unwrap_or_default();
     let (addr, rest) = bytes.split_at(8);
     let word = |half: &[u8]| half.try_into().map_or(0, u64::from_le_bytes);
     Descriptor::from_words(word(addr), word(rest))
@@ -182,7 +182,7 @@ impl Virtqueue for SplitQueue {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn pop(
         &mut self,
         mem: &MemTable,
