@@ -15,6 +15,7 @@ use ringmill_core::reactor::{ClientId, FixedFile, Ring, RingError};
 use ringmill_core::units::{len_u32, usize_of};
 
 mod entry;
+mod in_place;
 
 use entry::{Cut, ENTRY_BYTES_MAX, cut, entry_of_many, entry_of_one, plain_entry};
 

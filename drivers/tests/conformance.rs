@@ -77,6 +77,14 @@ fn uring_file_on_tmpfs_passes() {
         Err(error) => skipped("uring_file_on_tmpfs_passes (cache none)", &error.to_string()),
     }
     file_passes(&path, CacheMode::WriteBack);
+    let way = |options| {
+        let facts = open(&options).driver_facts();
+        facts.into_iter().find(|(name, _)| *name == "transfers").map(|(_, way)| way)
+    };
+    let ring_only = UringOptions { ring_only: true, ..options(&path, CacheMode::WriteBack) };
+    assert_eq!(way(options(&path, CacheMode::WriteBack)).as_deref(), Some("in place"));
+    assert_eq!(way(ring_only.clone()).as_deref(), Some("io_uring"));
+    Suite::new(open(&ring_only)).run();
 }
 
 #[test]
@@ -121,7 +129,10 @@ fn uring_zram_device_of_4096_byte_blocks_passes() {
         let bdev = open(&options(&device.path, cache));
         assert_eq!(bdev.info().geometry().block_bytes, 4096);
         eprintln!("{:?} {:?}", bdev.info().geometry(), bdev.driver_facts());
+        assert!(bdev.driver_facts().contains(&("transfers", "in place".to_owned())));
         Suite::new(bdev).run();
+        let ring_only = UringOptions { ring_only: true, ..options(&device.path, cache) };
+        Suite::new(open(&ring_only)).run();
     }
 }
 

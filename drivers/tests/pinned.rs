@@ -11,10 +11,15 @@ use ringmill_core::IoStatus;
 use ringmill_core::bdev::conformance::{Suite, TestBed};
 use ringmill_core::io::{IoFlags, IoOp};
 use ringmill_core::mem::Segment;
-use ringmill_drivers::uring::{CacheMode, UringBdev};
+use ringmill_drivers::uring::{CacheMode, UringBdev, UringOptions};
 
 const SIZE_BYTES: u64 = 16 << 20;
 const NONE: IoFlags = IoFlags::NONE;
+
+/// Through the ring also where the medium is memory.
+fn ring_only(path: &Path, cache: CacheMode) -> UringOptions {
+    UringOptions { ring_only: true, ..options(path, cache) }
+}
 
 fn passes(bdev: Arc<UringBdev>) {
     let mut bed = TestBed::pinned(&*bdev);
@@ -29,7 +34,7 @@ fn passes(bdev: Arc<UringBdev>) {
 
 fn file_passes(path: &Path) {
     for cache in [CacheMode::None, CacheMode::WriteBack] {
-        passes(open(&options(path, cache)));
+        passes(open(&ring_only(path, cache)));
     }
 }
 
@@ -51,7 +56,7 @@ fn a_loop_device_passes() {
     let backing = image(&dir, SIZE_BYTES);
     for sector_bytes in [512, 4096] {
         match Loop::new(&backing, sector_bytes) {
-            Ok(device) => passes(open(&options(&device.path, CacheMode::None))),
+            Ok(device) => passes(open(&ring_only(&device.path, CacheMode::None))),
             Err(reason) => return skipped("pinned::a_loop_device_passes", &reason),
         }
     }
@@ -60,7 +65,7 @@ fn a_loop_device_passes() {
 #[test]
 fn a_zram_device_passes() {
     match Zram::new(SIZE_BYTES) {
-        Ok(device) => passes(open(&options(&device.path, CacheMode::None))),
+        Ok(device) => passes(open(&ring_only(&device.path, CacheMode::None))),
         Err(reason) => skipped("pinned::a_zram_device_passes", &reason),
     }
 }
@@ -73,7 +78,7 @@ fn spread(bed: &TestBed, arena: usize) -> Vec<Segment> {
 #[test]
 fn large_requests_of_many_segments_are_not_copied() {
     let dir = shm_dir();
-    let bdev = open(&options(&image(&dir, SIZE_BYTES), CacheMode::None));
+    let bdev = open(&ring_only(&image(&dir, SIZE_BYTES), CacheMode::None));
     for pinned in [false, true] {
         let mut bed = if pinned { TestBed::pinned(&*bdev) } else { TestBed::new(&*bdev) };
         // 1 MiB in 128 segments of two pages, and half of it in pages.
@@ -103,7 +108,7 @@ fn large_requests_of_many_segments_are_not_copied() {
 #[test]
 fn a_pass_enters_the_kernel_once_or_not_at_all() {
     let dir = shm_dir();
-    let bdev = open(&options(&image(&dir, SIZE_BYTES), CacheMode::None));
+    let bdev = open(&ring_only(&image(&dir, SIZE_BYTES), CacheMode::None));
     for pinned in [false, true] {
         let mut bed = if pinned { TestBed::pinned(&*bdev) } else { TestBed::new(&*bdev) };
         let enters = |bed: &TestBed| bed.cx.io.ring.as_ref().map_or(0, |ring| ring.enters_count());

@@ -29,6 +29,9 @@ const QUIET_POLLS: u32 = 16;
 /// reactor's ring, of which a disk that does not answer must not take all.
 const SLOW_MAX: usize = 4;
 
+/// The least that a piece is cut to: a page of the media that are memory.
+const PIECE_LEAST_BYTES: u32 = 4096;
+
 /// How often the oldest request is published, nanoseconds.
 const OLDEST_PERIOD_NS: u64 = 100_000_000;
 
@@ -41,6 +44,8 @@ pub(super) struct UringChannel {
     /// Results that do not come through the ring, and how many are awaited.
     pub(super) answers: Arc<Answers>,
     pub(super) off_ring_count: usize,
+    /// Transfers that were done in place, and their results.
+    ended: VecDeque<(Tag, i32)>,
     /// What it holds of the reactor's pool.
     pub(super) lists_held: ListsHeld,
     /// Requests that the kernel does in worker threads: syncs and ranges.
@@ -72,6 +77,7 @@ impl UringChannel {
             waiting: VecDeque::with_capacity(REQUESTS_MAX),
             answers,
             off_ring_count: 0,
+            ended: VecDeque::with_capacity(REQUESTS_MAX),
             lists_held: ListsHeld::default(),
             slow_count: 0,
             write_flags,
@@ -98,6 +104,9 @@ impl UringChannel {
     /// The next result, from wherever it comes.
     #[inline]
     fn result(&mut self, io: &mut IoCx) -> Option<(Tag, i32)> {
+        if let Some(ended) = self.ended.pop_front() {
+            return Some(ended);
+        }
         if let Some(ring) = &mut io.ring
             && let Some(landed) = self.flights.landed(ring)
         {
@@ -144,6 +153,9 @@ impl UringChannel {
         if direction != Direction::Write(libc::RWF_DSYNC) {
             left_bytes = left_bytes.min(io.fair.piece_bytes());
         }
+        if self.shared.in_place {
+            return self.transfer_in_place(io, flight, direction, (at_bytes, left_bytes));
+        }
         // What has to be stable goes the ordinary way: the flush behind it is nothing that can be polled for.
         let plain = matches!(direction, Direction::Read | Direction::Write(0));
         let piece = match &mut io.polled {
@@ -157,6 +169,29 @@ impl UringChannel {
         };
         io.fair.spend(piece_bytes);
         work.piece_bytes = piece_bytes;
+        true
+    }
+
+    /// Moves the next piece now; its result waits for the next poll.
+    #[inline]
+    fn transfer_in_place(
+        &mut self,
+        io: &mut IoCx,
+        flight: Tag,
+        direction: Direction,
+        (at_bytes, left_bytes): (u64, u64),
+    ) -> bool {
+        let unit_bytes = u64::from(self.shared.transfer_unit_bytes.max(PIECE_LEAST_BYTES));
+        let credit_bytes = io.fair.credit_bytes().min(left_bytes);
+        let left_bytes = left_bytes.min(credit_bytes.next_multiple_of(unit_bytes));
+        let (fd, flights) = (self.shared.fd(), &mut self.flights);
+        let moved = flights.transfer_in_place(fd, flight, direction, at_bytes, left_bytes);
+        let (Some((piece_bytes, result)), Some(work)) = (moved, self.flights.state(flight)) else {
+            return false;
+        };
+        io.fair.spend(piece_bytes);
+        work.piece_bytes = piece_bytes;
+        self.ended.push_back((flight, result));
         true
     }
 
@@ -329,7 +364,10 @@ impl Channel for UringChannel {
     }
 
     fn must_poll(&self) -> bool {
-        !self.waiting.is_empty() || self.off_ring_count > 0 || self.flights.polled_count() > 0
+        !self.waiting.is_empty()
+            || !self.ended.is_empty()
+            || self.off_ring_count > 0
+            || self.flights.polled_count() > 0
     }
 
     #[cold]

@@ -57,6 +57,8 @@ struct Shared {
     buffered: bool,
     /// Ends of transfers are asked for (IOPOLL), not announced by interrupts.
     polled: bool,
+    /// The medium is memory: transfers are done at once, by the reactor itself.
+    in_place: bool,
     /// Bytes that lengths of transfers come in; a read that ends elsewhere met the end of the file.
     transfer_unit_bytes: u32,
     counters: Counters,

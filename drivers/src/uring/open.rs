@@ -71,6 +71,9 @@ pub struct UringOptions {
     pub read_only: bool,
     /// Serve it raw even if it starts like an image of another format.
     pub format_raw: bool,
+    /// Also transfers of media that are memory (tmpfs, zram) go through the ring, where the kernel's worker threads do them,
+    /// and are not done at once by the reactor.
+    pub ring_only: bool,
     /// Ask a block device for the ends of transfers instead of waiting for its interrupts.
     pub iopoll: bool,
     /// Identity; `None`: a random one.
@@ -331,10 +334,12 @@ fn open_image(name: &str, options: &UringOptions) -> Result<UringBdev, OpenProbl
         BdevError::Geometry { reason, .. } => OpenProblem::Geometry { path: path(), reason },
         other => OpenProblem::Geometry { path: path(), reason: other.to_string() },
     })?;
+    let in_place = !options.ring_only && !options.iopoll && probe::is_memory(&file, device);
     let facts = vec![
         ("filename", options.filename.display().to_string()),
         ("kind", if device.is_some() { "block device" } else { "file" }.to_owned()),
         ("cache", options.cache.name().to_owned()),
+        ("transfers", if in_place { "in place" } else { "io_uring" }.to_owned()),
     ];
     let offset_bytes = rules.offset_bytes;
     Ok(UringBdev {
@@ -349,6 +354,7 @@ fn open_image(name: &str, options: &UringOptions) -> Result<UringBdev, OpenProbl
             },
             buffered: !direct,
             polled: options.iopoll,
+            in_place,
             transfer_unit_bytes: if direct { offset_bytes } else { 1 },
             counters: Counters::default(),
             sync_failed: AtomicI32::new(0),

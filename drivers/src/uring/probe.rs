@@ -2,6 +2,7 @@
 //!
 //! Owner: control threads. **Invariant:** no question changes data.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
@@ -13,6 +14,8 @@ use rustix::fs::{AtFlags, FallocateFlags, StatxFlags, fallocate, statx};
 use super::mounts::{DeviceNumber, sysfs_dir};
 
 const PAGE_BYTES: u32 = 4096;
+/// What statfs says of tmpfs (linux/magic.h).
+const TMPFS_MAGIC: i64 = 0x0102_1994;
 
 /// Alignment of memory and of file offsets for direct I/O, bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,6 +97,23 @@ pub(super) fn queue_number(device: DeviceNumber, name: &str) -> Option<u64> {
     let dir = sysfs_dir(device);
     let read = |place: &str| fs::read_to_string(format!("{dir}/{place}/{name}")).ok();
     read("queue").or_else(|| read("../queue"))?.trim().parse().ok()
+}
+
+/// True for media that are memory, a file on tmpfs or a zram device that writes nothing back: their transfers are copying
+/// (and compressing), and io_uring cannot start them without a worker thread, as neither has FMODE_NOWAIT.
+pub(super) fn is_memory(file: &File, device: Option<DeviceNumber>) -> bool {
+    let Some(device) = device else {
+        return rustix::fs::fstatfs(file).is_ok_and(|fs| fs.f_type == TMPFS_MAGIC);
+    };
+    let dir = sysfs_dir(device);
+    let name = fs::canonicalize(&dir).ok().and_then(|dir| dir.file_name().map(OsString::from));
+    let is_zram = name.is_some_and(|name| name.as_encoded_bytes().starts_with(b"zram"));
+    // Without CONFIG_ZRAM_WRITEBACK there is no such file.
+    is_zram
+        && match fs::read_to_string(format!("{dir}/backing_dev")) {
+            Ok(backing) => backing.trim() == "none",
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
+        }
 }
 
 /// True when the filesystem can punch holes: asked beyond the end of the file, where there is nothing to lose.

@@ -46,6 +46,7 @@ const DISK_KEYS: &[&str] = &[
     "readonly",
     "serial",
     "size",
+    "transfers",
     "uuid",
 ];
 const BACKENDS: [&str; 3] = ["null", "malloc", "uring"];
@@ -195,6 +196,9 @@ fn image(
     if let Some(format) = section.word("format", &["raw"])? {
         bdev.insert("format".to_owned(), format.into());
     }
+    if let Some(transfers) = section.word("transfers", &["auto", "ring"])? {
+        bdev.insert("transfers".to_owned(), transfers.into());
+    }
     if section.flag("iopoll")?.unwrap_or(false) {
         bdev.insert("iopoll".to_owned(), true.into());
     }
@@ -208,7 +212,7 @@ fn memory(
     backend: &str,
     bdev: &mut Map<String, Value>,
 ) -> Result<(), ConfigError> {
-    for key in ["path", "cache", "format", "iopoll"] {
+    for key in ["path", "cache", "format", "iopoll", "transfers"] {
         if let Some((_, span)) = section.get(key) {
             let message = format!(
                 "disk \"{name}\" is of backend {backend} and has no \"{key}\"; leave it out"

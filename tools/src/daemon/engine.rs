@@ -480,7 +480,15 @@ impl Engine for DaemonEngine {
                     image: None,
                 })?;
             }
-            BackendSpec::Uring { path, block_size, readonly, cache, iopoll, raw_is_explicit } => {
+            BackendSpec::Uring {
+                path,
+                block_size,
+                readonly,
+                cache,
+                iopoll,
+                ring_only,
+                raw_is_explicit,
+            } => {
                 let options = UringOptions {
                     filename: path.clone(),
                     block_bytes: *block_size,
@@ -492,6 +500,7 @@ impl Engine for DaemonEngine {
                     read_only: *readonly,
                     format_raw: *raw_is_explicit,
                     iopoll: *iopoll,
+                    ring_only: *ring_only,
                     uuid,
                 };
                 return self.open_image(&spec, options, token);

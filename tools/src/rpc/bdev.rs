@@ -68,6 +68,7 @@ fn create_image(call: Call<'_>, method: &'static str) -> Result<Reply, RpcError>
         readonly: call.params.flag("readonly"),
         cache: call.params.text("cache").and_then(CacheMode::from_name).unwrap_or_default(),
         iopoll: call.params.flag("iopoll"),
+        ring_only: call.params.text("transfers") == Some("ring"),
         raw_is_explicit: call.params.text("format").is_some(),
     };
     create(call, method, backend)

@@ -165,6 +165,8 @@ pub enum BackendSpec {
         cache: CacheMode,
         /// Poll the block device instead of waiting for its interrupts.
         iopoll: bool,
+        /// Never move data on the reactor's own account.
+        ring_only: bool,
         /// The user said `format = "raw"`: do not refuse a file that looks like another format.
         raw_is_explicit: bool,
     },

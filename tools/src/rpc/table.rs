@@ -42,6 +42,12 @@ const FORMAT: Param = Param::may(
     "",
     "say raw to use a file that looks like qcow2 or VMDK as it is",
 );
+const TRANSFERS: Param = Param::may(
+    "transfers",
+    Kind::Word(&["auto", "ring"]),
+    "auto",
+    "auto: tmpfs and zram, which are memory, are read and written by the reactor itself; ring: through io_uring's workers",
+);
 const IOPOLL: Param = Param::may(
     "iopoll",
     Kind::Flag,
@@ -244,6 +250,7 @@ pub const METHODS: &[Method] = &[
             FORMAT,
             DEVICE_QUEUES,
             IOPOLL,
+            TRANSFERS,
         ]
     ),
     method!("bdev_uring_delete", "Closes a file or block device", bdev::delete_uring, [NAME]),
@@ -269,6 +276,7 @@ pub const METHODS: &[Method] = &[
             FORMAT,
             DEVICE_QUEUES,
             IOPOLL,
+            TRANSFERS,
         ]
     ),
     method!("bdev_aio_delete", "The same as bdev_uring_delete", bdev::delete_uring, [NAME]),
