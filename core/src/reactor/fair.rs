@@ -80,7 +80,12 @@ impl Fair {
     #[inline]
     pub fn begin(&mut self, share: &mut Share, now_ns: u64) {
         self.shared = self.is_shared(share, now_ns);
-        let quantum_bytes = if self.shared { FAIR_QUANTUM_BYTES } else { FAIR_ALONE_BYTES };
+        let quantum_bytes = match self.shared {
+            false => FAIR_ALONE_BYTES,
+            // Who has little in flight may move all of that at once.
+            true if share.inflight_bytes <= FAIR_LIGHT_BYTES => FAIR_LIGHT_BYTES,
+            true => FAIR_QUANTUM_BYTES,
+        };
         self.credit_bytes = quantum_bytes.saturating_sub(share.debt_bytes);
         share.debt_bytes = share.debt_bytes.saturating_sub(quantum_bytes);
     }
@@ -181,6 +186,13 @@ mod tests {
 
     use super::*;
 
+    /// A queue with more in flight than a light one.
+    fn busy(fair: &mut Fair) -> Share {
+        let mut share = fair.join();
+        fair.started(&mut share, FAIR_LIGHT_BYTES + 1);
+        share
+    }
+
     /// Polls once as a queue that moves pieces of `piece_bytes` while it may; what it moved.
     fn poll(fair: &mut Fair, share: &mut Share, now_ns: u64, piece_bytes: u64) -> u64 {
         fair.begin(share, now_ns);
@@ -196,7 +208,7 @@ mod tests {
     #[test]
     fn a_hog_goes_in_small_pieces_only_beside_a_light_queue() {
         let mut fair = Fair::default();
-        let (mut hog, mut small) = (fair.join(), fair.join());
+        let (mut hog, mut small) = (busy(&mut fair), fair.join());
         assert_eq!(poll(&mut fair, &mut hog, 1, 4096), FAIR_ALONE_BYTES);
         // Its own light moments do not count against it.
         fair.served_all(&hog, 1);
@@ -218,16 +230,16 @@ mod tests {
         fair.served_all(&a, 5);
         fair.served_all(&b, 6);
         fair.served_all(&b, 7);
-        assert_eq!(poll(&mut fair, &mut b, 4 + FAIR_HOLD_NS, 4096), FAIR_QUANTUM_BYTES);
+        assert_eq!(poll(&mut fair, &mut b, 4 + FAIR_HOLD_NS, 4096), FAIR_LIGHT_BYTES);
         assert_eq!(poll(&mut fair, &mut b, 5 + FAIR_HOLD_NS, 4096), FAIR_ALONE_BYTES);
-        assert_eq!(poll(&mut fair, &mut a, 6 + FAIR_HOLD_NS, 4096), FAIR_QUANTUM_BYTES);
+        assert_eq!(poll(&mut fair, &mut a, 6 + FAIR_HOLD_NS, 4096), FAIR_LIGHT_BYTES);
         assert_eq!(poll(&mut fair, &mut a, 7 + FAIR_HOLD_NS, 4096), FAIR_ALONE_BYTES);
     }
 
     #[test]
     fn what_was_moved_beyond_the_credit_is_owed_and_nothing_is_saved() {
         let mut fair = Fair::default();
-        let (mut hog, small) = (fair.join(), fair.join());
+        let (mut hog, small) = (busy(&mut fair), fair.join());
         fair.served_all(&small, 0);
         // Polls without anything to do save nothing.
         for _ in 0..100 {
@@ -235,7 +247,7 @@ mod tests {
             fair.begin(&mut hog, 1);
             fair.end(&mut hog);
         }
-        let mut hog = fair.join();
+        let mut hog = busy(&mut fair);
         for _ in 0..100 {
             fair.begin(&mut hog, 1);
             fair.end(&mut hog);
@@ -316,7 +328,8 @@ mod tests {
             let mut fair = Fair::default();
             let light = fair.join();
             fair.served_all(&light, 0);
-            let mut queues = [(fair.join(), sizes.0, 0), (fair.join(), sizes.1, 0)];
+            let (one, other) = (busy(&mut fair), busy(&mut fair));
+            let mut queues = [(one, sizes.0, 0), (other, sizes.1, 0)];
             for _ in 0..polls {
                 for (share, piece_bytes, sum) in &mut queues {
                     let moved = poll(&mut fair, share, 1, *piece_bytes);

@@ -47,6 +47,8 @@ pub(super) struct MallocChannel {
     ready: ReadyQueue,
     /// Worked on one after the other.
     jobs: VecDeque<Job>,
+    /// New requests took the whole credit of the last poll: the next one's is the jobs'.
+    jobs_starve: bool,
     lists_held: ListsHeld,
     /// Without a ring everything is cleared by hand.
     punches: Option<Flights<Tag>>,
@@ -67,6 +69,7 @@ impl MallocChannel {
             memory,
             ready: ReadyQueue::new(QUEUE_INFLIGHT_MAX),
             jobs: VecDeque::with_capacity(JOBS_MAX),
+            jobs_starve: false,
             lists_held: ListsHeld::default(),
             punches,
         })
@@ -103,6 +106,7 @@ impl MallocChannel {
     #[inline(never)]
     fn work(&mut self, io: &mut IoCx) {
         let mut left_bytes = io.fair.credit_bytes().min(FAIR_ALONE_BYTES);
+        self.jobs_starve = left_bytes == 0;
         while left_bytes > 0 && !self.jobs.is_empty() {
             left_bytes -= self.work_once(io, left_bytes);
         }
@@ -221,6 +225,7 @@ impl Channel for MallocChannel {
         let credit_bytes = io.fair.credit_bytes();
         let (requests, bytes) = match self.jobs.len() {
             0 => (self.ready.room(), credit_bytes),
+            _ if self.jobs_starve => (0, credit_bytes),
             // Half of the credit is the jobs'.
             JOBS_MAX => (0, credit_bytes),
             count => (self.ready.room().saturating_sub(count), credit_bytes / 2),

@@ -41,6 +41,8 @@ pub(super) struct UringChannel {
     pub(super) flights: Flights<Work>,
     /// Requests with nothing in the kernel, and when to try again.
     pub(super) waiting: VecDeque<(Tag, u64)>,
+    /// New requests took the whole credit of the last poll: the next one's is for those that wait.
+    waiting_starve: bool,
     /// Results that do not come through the ring, and how many are awaited.
     pub(super) answers: Arc<Answers>,
     pub(super) off_ring_count: usize,
@@ -75,6 +77,7 @@ impl UringChannel {
             shared,
             flights,
             waiting: VecDeque::with_capacity(REQUESTS_MAX),
+            waiting_starve: false,
             answers,
             off_ring_count: 0,
             ended: VecDeque::with_capacity(REQUESTS_MAX),
@@ -250,6 +253,7 @@ impl UringChannel {
     #[inline(never)]
     fn poll_waiting(&mut self, io: &mut IoCx) {
         let now_ns = io.clock.now_ns();
+        self.waiting_starve = io.fair.credit_bytes() == 0;
         for _ in 0..self.waiting.len() {
             if io.fair.credit_bytes() == 0 {
                 return;
@@ -285,10 +289,15 @@ impl Channel for UringChannel {
         let ring_room = io.ring.as_ref().map_or(0, |ring| self.flights.entries_room(ring));
         let polled_room = io.polled.as_ref().and_then(|ring| self.flights.polled_room(ring));
         let ring_room = ring_room.min(polled_room.unwrap_or(u32::MAX));
-        let requests = self.flights.room().min(ringmill_core::units::index(ring_room));
-        let credit_bytes = io.fair.credit_bytes();
-        // Half of the credit is for those that wait for their next piece.
-        let bytes = if self.waiting.is_empty() { credit_bytes } else { credit_bytes / 2 };
+        let mut requests = self.flights.room().min(ringmill_core::units::index(ring_room));
+        let mut bytes = io.fair.credit_bytes();
+        if !self.waiting.is_empty() {
+            // Half of the credit is for those that wait for their next piece.
+            bytes /= 2;
+            if self.waiting_starve {
+                requests = 0;
+            }
+        }
         Room { requests, bytes, not_before_ns: 0 }
     }
 

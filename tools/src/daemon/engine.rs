@@ -17,7 +17,7 @@ use ringmill_core::reactor::{self, ReactorHandle, tick_rate, ticks_now};
 use ringmill_core::stats::{LatencySnapshot, Stage};
 use ringmill_drivers::malloc::{MallocBdev, MallocOptions};
 use ringmill_drivers::null::{NullBdev, NullOptions};
-use ringmill_drivers::uring::{self, UringBdev, UringOpenError, UringOptions};
+use ringmill_drivers::uring::{UringBdev, UringOpenError, UringOptions};
 use ringmill_vmm_glue::blk::{
     Controller, ControllerError, ControllerSpec as GlueSpec, ControllerState, Event, EventSender,
 };
@@ -28,9 +28,9 @@ use super::log::Log;
 use super::views;
 use crate::rpc::Token;
 use crate::rpc::engine::{
-    BackendSpec, BdevInfo, BdevKind, BdevSpec, CacheMode, ControllerInfo, ControllerSpec, Engine,
-    EngineError, IdlePolicy, ImageInfo, IoStats, LatencyFilter, LatencyRow, LogLevel, PinMode,
-    Progress, ReactorInfo, ResetMode, Resize, Started,
+    BackendSpec, BdevInfo, BdevKind, BdevSpec, ControllerInfo, ControllerSpec, Engine, EngineError,
+    IdlePolicy, ImageInfo, IoStats, LatencyFilter, LatencyRow, LogLevel, PinMode, Progress,
+    ReactorInfo, ResetMode, Resize, Started,
 };
 
 /// How long a start waits for the lock of an image that a dying predecessor still holds.
@@ -480,29 +480,8 @@ impl Engine for DaemonEngine {
                     image: None,
                 })?;
             }
-            BackendSpec::Uring {
-                path,
-                block_size,
-                readonly,
-                cache,
-                iopoll,
-                ring_only,
-                raw_is_explicit,
-            } => {
-                let options = UringOptions {
-                    filename: path.clone(),
-                    block_bytes: *block_size,
-                    cache: match cache {
-                        CacheMode::None => uring::CacheMode::None,
-                        CacheMode::Writeback => uring::CacheMode::WriteBack,
-                        CacheMode::Writethrough => uring::CacheMode::WriteThrough,
-                    },
-                    read_only: *readonly,
-                    format_raw: *raw_is_explicit,
-                    iopoll: *iopoll,
-                    ring_only: *ring_only,
-                    uuid,
-                };
+            BackendSpec::Uring { .. } => {
+                let Some(options) = views::image_options(&spec) else { return Ok(Progress::Done) };
                 return self.open_image(&spec, options, token);
             }
         }

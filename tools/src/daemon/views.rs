@@ -5,14 +5,14 @@ use std::time::Instant;
 use ringmill_core::io::IoOp;
 use ringmill_core::reactor::{ReactorHandle, ns_to_ticks, tick_rate};
 use ringmill_core::spec::{virtio_blk as blk, virtio_ring as ring};
-use ringmill_drivers::uring;
+use ringmill_drivers::uring::{self, UringOptions};
 use ringmill_vmm_glue::blk::{Controller, ControllerState, PinView};
 
 use super::engine::Disk;
 use crate::rpc::cpumask;
 use crate::rpc::engine::{
-    BdevInfo, CacheMode, ControllerInfo, EngineError, IoTypes, PollerInfo, QueueInfo, ReactorInfo,
-    SessionInfo, ThreadInfo,
+    BackendSpec, BdevInfo, BdevSpec, CacheMode, ControllerInfo, EngineError, IoTypes, PollerInfo,
+    QueueInfo, ReactorInfo, SessionInfo, ThreadInfo,
 };
 
 const FEATURE_NAMES: [(u64, &str); 15] = [
@@ -220,4 +220,34 @@ fn cpu_times(core: u32) -> (u64, u64, u64) {
         line.split_whitespace().skip(1).map(|f| f.parse().unwrap_or(0)).collect();
     let field = |at: usize| fields.get(at).copied().unwrap_or(0);
     (field(0) + field(1), field(2), field(5) + field(6))
+}
+
+/// How a file or block device is opened; `None` for other kinds.
+pub(super) fn image_options(spec: &BdevSpec) -> Option<UringOptions> {
+    let BackendSpec::Uring {
+        path,
+        block_size,
+        readonly,
+        cache,
+        iopoll,
+        ring_only,
+        raw_is_explicit,
+    } = &spec.backend
+    else {
+        return None;
+    };
+    Some(UringOptions {
+        filename: path.clone(),
+        block_bytes: *block_size,
+        cache: match cache {
+            CacheMode::None => uring::CacheMode::None,
+            CacheMode::Writeback => uring::CacheMode::WriteBack,
+            CacheMode::Writethrough => uring::CacheMode::WriteThrough,
+        },
+        read_only: *readonly,
+        format_raw: *raw_is_explicit,
+        iopoll: *iopoll,
+        ring_only: *ring_only,
+        uuid: Some(spec.uuid),
+    })
 }

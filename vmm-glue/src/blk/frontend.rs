@@ -6,81 +6,34 @@
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::Arc;
 
 use ringmill_core::IoStatus;
 use ringmill_core::bdev::{Bdev, InstantChannel};
 use ringmill_core::limits::MEMORY_REGIONS_MAX;
-use ringmill_core::mem::{MappingError, MemTable};
+use ringmill_core::mem::MemTable;
 use ringmill_core::reactor::{Done, Message, PollerId, Reactor, ReactorCx, ReactorHandle};
 use ringmill_core::spec::virtio_blk as spec;
-use ringmill_core::stats::QueueStats;
 
 use crate::vhost_user::{
     Backend, Completion, GuestAddr, Progress, Refusal, RegionDesc, RingStart, SharedFd,
     StopProgress, UserAddr,
 };
 
-use super::event::{EventKind, EventSender, Leftover};
+use super::event::{EventKind, Leftover};
 use super::format::{self, with_worker};
-use super::places::Places;
-use super::{
-    BlkDevice, NoTracking, QueueStatus, WorkerControl, WorkerParts, config, device_features,
-};
+use super::{NoTracking, WorkerControl, WorkerParts, config, device_features};
 
 mod moving;
 mod pinning;
+mod shared;
 
 use moving::{Move, Transit};
 
 use pinning::add_region;
 
 pub use pinning::PinView;
-
-/// What a controller lends to its front-ends.
-#[derive(Debug)]
-pub(super) struct Shared {
-    pub(super) number: u64,
-    pub(super) name: String,
-    pub(super) device: Arc<BlkDevice>,
-    pub(super) queues_max: u16,
-    pub(super) places: Mutex<Places>,
-    /// Of the queues that were ever started.
-    pub(super) statuses: Vec<OnceLock<Arc<QueueStatus>>>,
-    /// Guests' memory is pinned.
-    pub(super) pin: bool,
-    pub(super) events: EventSender,
-}
-
-impl Shared {
-    /// The figures of a queue that was ever started.
-    pub(super) fn status(&self, index: u16) -> Option<Arc<QueueStatus>> {
-        self.statuses.get(usize::from(index))?.get().cloned()
-    }
-
-    /// Makes the figures of a queue, or finds those that it has: they outlive sessions.
-    fn make_status(&self, index: u16) -> Result<(), MappingError> {
-        let place = &self.statuses[usize::from(index)];
-        if place.get().is_none() {
-            let _ = place.set(Arc::new(QueueStatus::new(QueueStats::new_shared()?)));
-        }
-        Ok(())
-    }
-
-    /// Only the control thread locks it, for moments.
-    pub(super) fn places(&self) -> MutexGuard<'_, Places> {
-        self.places.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn reactor_of(&self, index: u16) -> ReactorHandle {
-        self.places().of(index).clone()
-    }
-
-    /// A queue stays where it is, whatever the mask says.
-    fn stay(&self, index: u16, reactor: &ReactorHandle) {
-        self.places().set_own(index, vec![reactor.clone()]);
-    }
-}
+pub(super) use shared::Shared;
 
 /// A ring that the session has started; on a reactor when it has a poller.
 #[derive(Debug)]
