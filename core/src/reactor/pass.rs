@@ -101,7 +101,12 @@ impl Reactor {
             }
             if work {
                 self.last_work_ns = self.cx.pass_ns;
-            } else if let IdlePolicy::Adaptive { spin_ns } = self.shared.idle()
+                continue;
+            }
+            // Leaves the guest alone with the ring's lines for a moment: looking without a pause takes them away between the
+            // stores that make up one request. Measured at depth 1: 670 instead of 700 ns.
+            std::hint::spin_loop();
+            if let IdlePolicy::Adaptive { spin_ns } = self.shared.idle()
                 && self.cx.pass_ns.saturating_sub(self.last_work_ns) >= spin_ns
             {
                 self.sleep();
