@@ -73,6 +73,9 @@ pub const CASES: &[Case] = &[
     case("null, split, batch 1", |c| null::<Split>(c, 1, false)),
     case("null, split, batch 32", |c| null::<Split>(c, 32, false)),
     case("null, split, batch 128", |c| null::<Split>(c, 128, false)),
+    case("null, split, batch 1, nothing recorded", |c| unrecorded(c, 1)),
+    case("null, split, batch 32, nothing recorded", |c| unrecorded(c, 32)),
+    case("null, split, batch 128, nothing recorded", |c| unrecorded(c, 128)),
     case("null, split, indirect, batch 32", |c| null::<Split>(c, 32, true)),
     case("null, packed, batch 1", |c| null::<Packed>(c, 1, false)),
     case("null, packed, batch 32", |c| null::<Packed>(c, 32, false)),
@@ -104,6 +107,12 @@ pub fn null_bdev() -> anyhow::Result<Arc<dyn Bdev>> {
 
 fn null<F: Format>(count: &mut Count, batch: u64, indirect: bool) -> anyhow::Result<()> {
     worker(count, WorkerRig::<F>::new(null_bdev()?, indirect, None)?, batch)
+}
+
+fn unrecorded(count: &mut Count, batch: u64) -> anyhow::Result<()> {
+    let rig = WorkerRig::<Split>::new(null_bdev()?, false, None)?;
+    rig.device.set_recording(false);
+    worker(count, rig, batch)
 }
 
 /// A RAM disk.
@@ -143,6 +152,7 @@ fn uring(count: &mut Count) -> anyhow::Result<()> {
         filename: image.path().to_owned(),
         // The page cache answers at once and everywhere alike.
         cache: CacheMode::WriteBack,
+        ring_only: true,
         ..UringOptions::default()
     };
     let bdev = Arc::new(UringBdev::open("bench", &options)?);

@@ -174,6 +174,8 @@ pub struct WorkerRig<F: Format> {
     /// inlined into a benchmark.
     worker: Box<dyn Poller>,
     cx: ReactorCx,
+    /// The disk that the worker serves.
+    pub device: Arc<BlkDevice>,
     _bdev: Arc<dyn Bdev>,
 }
 
@@ -190,11 +192,12 @@ impl<F: Format> WorkerRig<F> {
         let guest = Guest::new(indirect);
         let mut cx = ReactorCx::new(ring)?;
         let channel = bdev.open_channel(None)?(&mut cx.io)?;
+        let device = Arc::new(BlkDevice::new(&bdev, "bench", false));
         let parts = WorkerParts {
             queue: (),
             tracking: NoTracking,
             mem: guest.memory.table(),
-            device: Arc::new(BlkDevice::new(&bdev, "bench", false)),
+            device: Arc::clone(&device),
             channel,
             status: Arc::new(QueueStatus::new(QueueStats::new_shared()?)),
             kick: None,
@@ -204,7 +207,7 @@ impl<F: Format> WorkerRig<F> {
         };
         let mut worker = black_box(F::worker(guest.queue()?, parts));
         worker.attach(&mut cx);
-        Ok(WorkerRig { guest, worker, cx, _bdev: bdev })
+        Ok(WorkerRig { guest, worker, cx, device, _bdev: bdev })
     }
 
     /// The worker's part of a reactor's pass.

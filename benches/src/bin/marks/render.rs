@@ -63,8 +63,9 @@ const TEXTS: &[(&str, &str, &str)] = &[
         "uring",
         "Files and block devices",
         "4 KiB random reads through io_uring beside fio on the bare medium, with fixed \
-        buffers and registered files. fio's kernel workers share its one core; the daemon's run where it sends them, off \
-        the reactor's core, which is the client's here.",
+        buffers and registered files. tmpfs and zram are memory: io_uring does them in worker threads, of which fio's \
+        share its one core, and ringmilld reads them in place, so that pinning changes nothing; with `transfers = ring` it \
+        uses those workers, too, off the reactor's core, which here is the client's and busy.",
     ),
     (
         "idle",
@@ -84,6 +85,12 @@ const TEXTS: &[(&str, &str, &str)] = &[
         "System calls of the reactor's thread within a second under load, as strace counts them; a lock \
         that waits or wakes would be among them (futex). That nothing is allocated is proved by tests with a counting \
         allocator: `drivers/tests/no_alloc.rs`, `vmm-glue/tests/worker_alloc.rs`.",
+    ),
+    (
+        "figures",
+        "Counters and histograms",
+        "A null disk, 4 KiB random reads, with everything recorded as it is by default, and with nothing recorded. The \
+        instructions that recording takes are among the cases of `benches/instructions.toml`.",
     ),
 ];
 
@@ -179,9 +186,12 @@ fn spread(row: &Row) -> String {
 fn tables(page: &mut String, name: &str, section: &Section) {
     if name == "quiet" {
         let rows = section.rows.iter().map(|row| {
-            vec![row.series.clone(), row.x.to_string(), format!("{:.0}", row.median(|f| f.other))]
+            let calls = format!("{:.0}", row.median(|f| f.other));
+            let requests = format!("{:.2} M", row.median(|f| f.iops) / 1e6);
+            vec![row.series.clone(), row.x.to_string(), calls, requests]
         });
-        return table(page, &["medium", "depth", "system calls"], &rows.collect::<Vec<_>>());
+        let head = ["medium", "depth", "system calls", "requests meanwhile"];
+        return table(page, &head, &rows.collect::<Vec<_>>());
     }
     let measured: Vec<&Row> =
         section.rows.iter().filter(|row| row.median(|f| f.iops) > 0.0).collect();

@@ -26,6 +26,7 @@ pub(crate) const SECTIONS: &[(&str, Measure)] = &[
     ("fairness", fairness),
     ("cross", cross),
     ("quiet", quiet),
+    ("figures", figures),
 ];
 
 type Measure = fn(&Lab, &mut Section) -> anyhow::Result<()>;
@@ -268,8 +269,34 @@ fn uring(lab: &Lab, section: &mut Section) -> anyhow::Result<()> {
         }
         lab.measure(name, section, daemon, points)?;
         daemon.remove_file(name)?;
+        if name != "disk" {
+            through_ring(lab, section, daemon, name, path)?;
+        }
     }
     Ok(())
+}
+
+/// Media that are memory, the other way.
+fn through_ring(
+    lab: &Lab,
+    section: &mut Section,
+    daemon: &Ringmilld,
+    name: &str,
+    path: &Path,
+) -> anyhow::Result<()> {
+    let socket = &daemon.add_file_by(name, path, "ring")?;
+    daemon.poll(true)?;
+    let mut points = Vec::new();
+    for depth in ["1", "32"] {
+        points.push(Point::new(
+            format!("{name}, transfers = ring"),
+            depth.parse()?,
+            Who::Ours,
+            move || lab.ours(daemon, std::slice::from_ref(socket), &["-q", depth]),
+        ));
+    }
+    lab.measure(name, section, daemon, points)?;
+    daemon.remove_file(name)
 }
 
 /// The `pin` settings that the daemon takes.
@@ -318,7 +345,7 @@ fn idle(lab: &Lab, section: &mut Section) -> anyhow::Result<()> {
         }));
     }
     lab.measure("idle", section, &daemon, points)?;
-    let after = held(lab, &among, || daemon.private_bytes())?;
+    let (after, _) = held(lab, &among, || daemon.private_bytes())?;
     #[expect(clippy::cast_precision_loss, reason = "figures for people")]
     let each = after.saturating_sub(before) as f64 / crowd as f64;
     let rounds = vec![Figure { other: each, ..Figure::default() }];
@@ -326,19 +353,19 @@ fn idle(lab: &Lab, section: &mut Section) -> anyhow::Result<()> {
     daemon.stop()
 }
 
-/// Does something while a load is on these targets.
+/// Does something while a load is on these targets; its result, and the load's report.
 fn held<T>(
     lab: &Lab,
     targets: &[String],
     work: impl FnOnce() -> anyhow::Result<T>,
-) -> anyhow::Result<T> {
+) -> anyhow::Result<(T, Value)> {
     std::thread::scope(|scope| {
         let load = scope.spawn(|| lab.perf_for(lab.seconds + HELD_SECONDS, targets, &["-q", "32"]));
         // Connected and past its ramp by then; the load goes on for longer than what is done beside it.
         std::thread::sleep(HELD_BEFORE + CONNECT_MAX * u32::try_from(targets.len())?);
         let result = work();
-        load.join().map_err(|_| anyhow::anyhow!("the load's thread panicked"))??;
-        result
+        let report = load.join().map_err(|_| anyhow::anyhow!("the load's thread panicked"))??;
+        Ok((result?, report))
     })
 }
 
@@ -432,13 +459,35 @@ fn quiet(lab: &Lab, section: &mut Section) -> anyhow::Result<()> {
     for (name, socket) in ["null", "RAM disk"].iter().zip(&sockets) {
         for depth in [32, 128] {
             let target = [format!("{socket},q={depth}")];
-            let calls = held(lab, &target, || system_calls(tid))?;
+            let (calls, report) = held(lab, &target, || system_calls(tid))?;
             #[expect(clippy::cast_precision_loss, reason = "figures for people")]
-            let rounds = vec![Figure { other: calls as f64, ..Figure::default() }];
+            let rounds = vec![Figure { other: calls as f64, ..figure(&report, 0) }];
             section.rows.push(Row { series: (*name).to_owned(), x: depth, rounds });
         }
     }
     daemon.stop()
+}
+
+/// A null disk whose counters and histograms are recorded, and not.
+fn figures(lab: &Lab, section: &mut Section) -> anyhow::Result<()> {
+    let daemon = Ringmilld::start(lab)?;
+    let disk = daemon.add_null("disk", &Value::Null)?;
+    section.commands = vec![
+        "ringmillctl call latency_set_recording enable=false".to_owned(),
+        perf_command("-w randread -o 4k -q DEPTH"),
+    ];
+    let (daemon, disk) = (&daemon, std::slice::from_ref(&disk));
+    let mut points = Vec::new();
+    for depth in ["1", "32", "128"] {
+        let x = depth.parse()?;
+        for (series, enable) in [("recorded", true), ("not recorded", false)] {
+            points.push(Point::new(series, x, Who::Ours, move || {
+                daemon.call("latency_set_recording", json!({"enable": enable}))?;
+                lab.ours(daemon, disk, &["-q", depth])
+            }));
+        }
+    }
+    lab.measure("figures", section, daemon, points)
 }
 
 /// System calls of a thread within a second, mutexes' included.

@@ -143,7 +143,18 @@ impl Ringmilld {
 
     /// Adds a disk on a file or block device.
     pub(crate) fn add_file(&self, name: &str, path: &Path) -> anyhow::Result<String> {
-        self.call("bdev_uring_create", json!({"name": name, "filename": path}))?;
+        self.add_file_by(name, path, "auto")
+    }
+
+    /// A disk on a file whose transfers go this way.
+    pub(crate) fn add_file_by(
+        &self,
+        name: &str,
+        path: &Path,
+        transfers: &str,
+    ) -> anyhow::Result<String> {
+        let params = json!({"name": name, "filename": path, "transfers": transfers});
+        self.call("bdev_uring_create", params)?;
         self.show(name, &Value::Null)?;
         Ok(self.socket(name))
     }

@@ -1,6 +1,6 @@
 //! What the project wants to reach, and whether these figures do.
 
-use crate::results::{Figure, Results, Section};
+use crate::results::{Figure, Results, Row, Section};
 
 /// One line of the list.
 pub(crate) struct Verdict {
@@ -52,7 +52,7 @@ fn kib(value: f64) -> String {
 }
 
 fn calls(value: f64) -> String {
-    format!("{value:.0}")
+    format!("{value:.2}")
 }
 
 /// One series' median over another's, at the same place.
@@ -151,17 +151,23 @@ pub(crate) fn verdicts(results: &Results) -> Vec<Verdict> {
             format!("4 KiB at depth 1 beside 1 MiB at depth 1024, {medium}: p99 against alone");
         add(&case, AtMost(5.0), value, times);
     }
-    let quiet = results
-        .section("quiet")
-        .map(|section| section.rows.iter().map(|row| row.median(|f| f.other)).fold(0.0, f64::max));
-    add("system calls of a busy reactor within a second", AtMost(0.0), quiet, calls);
+    let quiet = results.section("quiet").map(|section| {
+        let share = |row: &Row| row.median(|f| f.other) / row.median(|f| f.iops) * 1e6;
+        section.rows.iter().map(share).fold(0.0, f64::max)
+    });
+    add("system calls of a busy reactor per million requests", AtMost(1.0), quiet, calls);
+    let figures = results.section("figures");
+    for depth in [1, 32, 128] {
+        let loss = ratio(figures, depth, "recorded", "not recorded", iops);
+        let case = format!("counters and histograms at depth {depth} cost, of IOPS");
+        add(&case, AtMost(5.0), loss.map(|r| 100.0 * (1.0 - r)), percent);
+    }
     list
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::results::Row;
 
     #[test]
     fn a_target_is_met_missed_or_not_measured() {
