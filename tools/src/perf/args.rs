@@ -220,6 +220,11 @@ impl Cli {
                 "--bdev is driven through one channel and has no rings: leave -n, --packed and --indirect out",
             );
         }
+        if self.owner.is_some() && self.bdev.is_none() {
+            return wrong(
+                "--owner is for --bdev: a disk behind a socket has its owners in the daemon",
+            );
+        }
         if self.owner.is_some() && self.owner == self.core {
             return wrong("--owner and --core name the same core: each polls on one of its own");
         }

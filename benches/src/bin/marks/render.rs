@@ -80,6 +80,12 @@ const TEXTS: &[(&str, &str, &str)] = &[
         one reactor; one client drives both.",
     ),
     (
+        "cross",
+        "Crossing to another core",
+        "A null bdev driven directly, without a guest: through its own channel on the client's core, and through the rings \
+        to a reactor on the other core that owns its only queue.",
+    ),
+    (
         "quiet",
         "System calls",
         "System calls of the reactor's thread within a second under load, as strace counts them; a lock \
