@@ -98,6 +98,8 @@ pub struct AlignChannel<C> {
     jobs: Slots<Job>,
     /// Jobs that can try their next step.
     todo: VecDeque<Tag>,
+    /// New requests took the whole credit of the last poll: the next one's is the jobs'.
+    todo_starves: bool,
     ready: ReadyQueue,
     lists_held: ListsHeld,
     bounces_held: usize,
@@ -115,6 +117,7 @@ impl<C: Channel> AlignChannel<C> {
             held,
             jobs: Slots::new(JOBS_MAX),
             todo: VecDeque::with_capacity(JOBS_MAX),
+            todo_starves: false,
             ready: ReadyQueue::new(JOBS_MAX),
             lists_held: ListsHeld::default(),
             bounces_held: 0,
@@ -403,7 +406,15 @@ impl Job {
 impl<C: Channel> Channel for AlignChannel<C> {
     #[inline]
     fn room(&self, io: &IoCx) -> Room {
-        self.inner.room(io)
+        let mut room = self.inner.room(io);
+        if !self.todo.is_empty() {
+            // Half of the credit is the jobs'.
+            room.bytes /= 2;
+            if self.todo_starves {
+                room.requests = 0;
+            }
+        }
+        room
     }
 
     fn submit(&mut self, io: &mut IoCx, batch: BatchView<'_>) -> usize {
@@ -443,6 +454,7 @@ impl<C: Channel> Channel for AlignChannel<C> {
     }
 
     fn poll(&mut self, io: &mut IoCx, done: &mut Completions) {
+        self.todo_starves = !self.todo.is_empty() && io.fair.credit_bytes() == 0;
         for _ in 0..self.todo.len() {
             if let Some(tag) = self.todo.pop_front() {
                 self.advance(io, tag);

@@ -205,8 +205,15 @@ impl HeldPins {
     #[cold]
     pub fn hold(&mut self, io: &mut IoCx) -> Result<(), RingError> {
         while let Some(pin) = self.pins.get(self.held_count).filter(|_| io.ring.is_some()) {
-            for ring in [&mut io.ring, &mut io.polled].into_iter().flatten() {
+            if let Some(ring) = &mut io.ring {
                 ring.hold(pin)?;
+            }
+            if let Some(Err(error)) = io.polled.as_mut().map(|polled| polled.hold(pin)) {
+                // In both or in none: only those that are counted are let go of.
+                if let Some(ring) = &mut io.ring {
+                    ring.let_go(pin);
+                }
+                return Err(error);
             }
             self.held_count += 1;
         }

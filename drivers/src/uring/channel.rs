@@ -202,8 +202,9 @@ impl UringChannel {
     #[inline]
     pub(super) fn settle(&mut self, io: &mut IoCx, flight: Tag, result: i32) -> Option<IoStatus> {
         let work = self.flights.state(flight)?;
-        let result = self.shared.sync_result(work.stage, result);
         let sync_after = self.shared.write_through || work.flags.contains(IoFlags::FUA);
+        let stable = sync_after && work.op == IoOp::Write;
+        let result = self.shared.sync_result(work.stage, stable, result);
         match work.outcome(result, self.shared.transfer_unit_bytes, sync_after) {
             Outcome::Done(status) => Some(status),
             other => {

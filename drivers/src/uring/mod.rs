@@ -208,13 +208,19 @@ impl Bdev for UringBdev {
 }
 
 impl Shared {
-    /// A result as the guest may hear it: after one failed sync through the page cache every sync has failed.
+    /// A result as the guest may hear it: after one failed sync through the page cache every sync has failed. A stable
+    /// write is a sync, too, and the failure that it is told of may be another write's.
     #[inline]
-    fn sync_result(&self, stage: work::Stage, result: i32) -> i32 {
-        if stage == work::Stage::Sync && self.buffered {
-            self.buffered_sync_result(result)
-        } else {
-            result
+    fn sync_result(&self, stage: work::Stage, stable: bool, result: i32) -> i32 {
+        if !self.buffered {
+            return result;
+        }
+        match stage {
+            work::Stage::Sync => self.buffered_sync_result(result),
+            work::Stage::Transfer if stable && result == -libc::EIO => {
+                self.buffered_sync_result(result)
+            }
+            _ => result,
         }
     }
 

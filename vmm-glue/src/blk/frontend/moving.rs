@@ -31,7 +31,7 @@ pub(super) struct Move {
     /// Only this queue.
     only: Option<u16>,
     /// The queues that move, with their ways into the bdev on the new reactor (`None`: the bdev is gone).
-    seeds: BTreeMap<u16, Option<ChannelSeed>>,
+    seeds: BTreeMap<u16, (ReactorHandle, Option<ChannelSeed>)>,
     /// When the workers were sent to their new reactors.
     sent: Option<Instant>,
     /// What went wrong first.
@@ -110,7 +110,7 @@ impl FrontEnd {
                 continue;
             }
             match self.open_channel(&home) {
-                Ok(seed) => drop(a_move.seeds.insert(index, seed)),
+                Ok(seed) => drop(a_move.seeds.insert(index, (home, seed))),
                 Err(error) => {
                     self.shared.stay(index, reactor);
                     a_move.problem.get_or_insert(format!("queue {index} stays: {error}"));
@@ -131,10 +131,9 @@ impl FrontEnd {
     /// The messages that take workers off their reactors are on their way: what comes later waits for their arrival.
     pub(super) fn mark_in_transit(&mut self) {
         for index in 0..self.shared.queues_max {
-            if !self.current_move().is_some_and(|a_move| a_move.concerns(index)) {
-                continue;
-            }
-            let to = self.shared.reactor_of(index);
+            // Where its channel was made for: a later move may have changed its place meanwhile, and is still to come.
+            let target = self.current_move().and_then(|a_move| a_move.seeds.get(&index));
+            let Some(to) = target.map(|(home, _)| home.clone()) else { continue };
             let Some(ring) = &mut self.rings[usize::from(index)] else { continue };
             if let Some((id, from)) = ring.poller.take() {
                 ring.transit = Some(Transit { id, from, to, hand_over: None, late: Vec::new() });
@@ -171,7 +170,7 @@ impl FrontEnd {
             let seed = match self.current_move() {
                 Some(a_move) => {
                     a_move.sent = Some(Instant::now());
-                    a_move.seeds.remove(&index).flatten()
+                    a_move.seeds.remove(&index).and_then(|(_, seed)| seed)
                 }
                 None => None,
             };
@@ -267,7 +266,9 @@ impl FrontEnd {
         let to = transit.to.clone();
         transit.to = from.clone();
         to.forget_poller(transit.id);
-        self.shared.stay(index, &from);
+        if self.shared.reactor_of(index).same(&to) {
+            self.shared.stay(index, &from);
+        }
         let core = |reactor: &ReactorHandle| reactor.core().map_or(0, |core| core.0);
         let text = format!("queue {index} stays on core {}, core {} {why}", core(&from), core(&to));
         tracing::warn!(controller = %self.shared.name, "{text}");
