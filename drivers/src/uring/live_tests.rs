@@ -13,6 +13,7 @@ use ringmill_core::bdev::Bdev as _;
 use ringmill_core::bdev::conformance::{Suite, TestBed};
 use ringmill_core::io::{IoFlags, IoOp};
 
+use super::work::Stage;
 use super::{CacheMode, UringBdev, UringOptions};
 
 struct Loop(PathBuf);
@@ -156,4 +157,24 @@ fn eagain_on_a_live_channel_is_tried_again() {
     assert!(got[capacity..] == data);
     assert!(fact(&bdev, "retried") > 1, "the pipe was never full");
     bed.finish();
+}
+
+/// The kernel reports a lost page once, and a stable write may be the one that hears of it.
+#[test]
+fn a_failed_stable_write_through_the_page_cache_fails_every_later_flush() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(1 << 20).unwrap();
+    let filename = file.path().to_owned();
+    let options = |cache| UringOptions { filename: filename.clone(), cache, ..Default::default() };
+    let heard = |cache| {
+        let bdev = UringBdev::open("disk", &options(cache)).unwrap();
+        let result = |stage, stable, result| bdev.shared.sync_result(stage, stable, result);
+        // A plain write that fails says nothing of other writes.
+        assert_eq!(result(Stage::Transfer, false, -libc::EIO), -libc::EIO);
+        assert_eq!(result(Stage::Sync, false, 0), 0);
+        assert_eq!(result(Stage::Transfer, true, -libc::EIO), -libc::EIO);
+        result(Stage::Sync, false, 0)
+    };
+    assert_eq!(heard(CacheMode::WriteBack), -libc::EIO);
+    assert_eq!(heard(CacheMode::WriteThrough), -libc::EIO);
 }
