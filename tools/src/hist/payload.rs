@@ -13,7 +13,7 @@ use hdrhistogram::{
 #[error("not a V2-compressed HdrHistogram payload: {0}")]
 pub struct PayloadError(String);
 
-/// A histogram as base64 of its V2-compressed form (`HISTFAAAA…`).
+/// A histogram as base64 of its V2-compressed form (`HISTFAA…`).
 pub fn encode(histogram: &Histogram<u64>) -> Result<String, PayloadError> {
     let mut bytes = Vec::new();
     V2DeflateSerializer::new()
