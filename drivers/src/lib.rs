@@ -10,6 +10,7 @@ mod flight;
 mod gate;
 pub mod malloc;
 pub mod null;
+pub mod pci;
 pub mod uring;
 
 pub use gate::GateChannel;

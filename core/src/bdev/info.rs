@@ -11,6 +11,7 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use crate::limits::{BLOCK_BYTES_MAX, SECTOR_BYTES};
+use crate::mem::DmaDomain;
 use crate::reactor::{IoCx, ReactorHandle, RingError};
 
 use super::Channel;
@@ -193,6 +194,12 @@ pub trait Bdev: Any + Send + Sync {
     /// The reactor that works on the device for channels of `home`: itself, where the device has a queue for each.
     fn owner(&self, home: &ReactorHandle) -> ReactorHandle {
         home.clone()
+    }
+
+    /// What the device reaches of memory, where it moves data by itself: segments of its requests must be mapped there
+    /// before they come, guests' memory and the reactors' bounce buffers alike.
+    fn dma(&self) -> Option<Arc<dyn DmaDomain>> {
+        None
     }
 
     /// Looks at the backing store again and returns the new size in blocks (the caller publishes it). Devices whose

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::IoStatus;
 use crate::bdev::{Bdev, BdevError, BdevInfo, ChannelSeed, InstantChannel};
 use crate::limits::{CORES_MAX, CROSS_LINKS_MAX, CROSS_SLOTS};
-use crate::mem::ListsHeld;
+use crate::mem::{DmaDomain, ListsHeld};
 use crate::reactor::{PollerId, ReactorHandle};
 
 use super::PortCounters;
@@ -186,6 +186,10 @@ impl Bdev for CrossBdev {
 
     fn owner(&self, home: &ReactorHandle) -> ReactorHandle {
         self.queues[self.queue_for(Some(home))].owner.clone()
+    }
+
+    fn dma(&self) -> Option<Arc<dyn DmaDomain>> {
+        self.inner.dma()
     }
 
     fn rescan(&self) -> Result<u64, BdevError> {

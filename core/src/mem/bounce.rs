@@ -3,11 +3,23 @@
 //! Owner: one reactor; no sharing. **Invariant:** whoever holds a buffer needs nothing else to finish with it, so a
 //! pool of one buffer already guarantees progress.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::{Mapping, MappingError, RegionId, Segment};
 use crate::limits::{BOUNCE_BUFFERS, BOUNCE_BYTES};
 use crate::units::{HostAddr, len_u32};
+
+/// The memory of every pool of the process.
+static POOLS: Mutex<Vec<Weak<Mapping>>> = Mutex::new(Vec::new());
+
+/// The memory of all bounce buffers that there are now: what a device that moves data by itself must reach before a channel
+/// to it is opened.
+#[must_use]
+#[cold]
+pub fn bounce_memory() -> Vec<Arc<Mapping>> {
+    let pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
+    pools.iter().filter_map(Weak::upgrade).collect()
+}
 
 /// One taken buffer. Give it back with [`BouncePool::give_back`]; dropping it loses the buffer for good.
 #[must_use]
@@ -40,7 +52,10 @@ impl BouncePool {
     /// # Errors
     /// When the kernel gives no memory.
     pub fn new() -> Result<BouncePool, MappingError> {
-        let mapping = Arc::new(Mapping::anonymous(BOUNCE_BUFFERS * BOUNCE_BYTES)?);
+        let mapping = Arc::new(Mapping::pool(BOUNCE_BUFFERS * BOUNCE_BYTES)?);
+        let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
+        pools.retain(|pool| pool.strong_count() > 0);
+        pools.push(Arc::downgrade(&mapping));
         let count = u16::try_from(BOUNCE_BUFFERS).unwrap_or(u16::MAX);
         Ok(BouncePool { mapping, free: (0..count).rev().collect(), taken_count: 0 })
     }

@@ -6,7 +6,7 @@
 #![expect(unsafe_code)] // UNSAFETY: mmap of file descriptors; nothing here is ever exposed as `&[u8]`.
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::ptr::NonNull;
 
@@ -14,7 +14,10 @@ use memmap2::{MmapOptions, MmapRaw};
 use thiserror::Error;
 
 use super::sigbus;
-use crate::units::usize_of;
+use crate::units::{HostAddr, usize_of};
+
+/// What an IOMMU maps at least.
+const PAGE_BYTES: usize = 4096;
 
 /// Why memory could not be mapped.
 #[derive(Debug, Error)]
@@ -68,6 +71,8 @@ pub struct Mapping {
     /// Bytes between the start of `raw` and the first byte asked for (rounding to the file's block).
     lead_bytes: usize,
     len_bytes: usize,
+    /// What is mapped, and from where on, for a device in another process.
+    file: Option<(File, u64)>,
 }
 
 impl Mapping {
@@ -116,6 +121,7 @@ impl Mapping {
             lead_bytes: usize_of(offset_bytes - start),
             len_bytes: usize_of(len_bytes),
             guard: Some(guard),
+            file: Some((file, start)),
         })
     }
 
@@ -131,7 +137,26 @@ impl Mapping {
             .len(len_bytes)
             .map_anon()
             .map_err(|source| MappingError::Mmap { len_bytes: len_bytes as u64, source })?;
-        Ok(Mapping { raw: map.into(), lead_bytes: 0, len_bytes, guard: None })
+        Ok(Mapping { raw: map.into(), lead_bytes: 0, len_bytes, guard: None, file: None })
+    }
+
+    /// Zeroed memory of our own that devices in other processes can be given, page aligned.
+    ///
+    /// # Errors
+    /// Zero length, or the kernel's refusal.
+    pub fn pool(len_bytes: usize) -> Result<Mapping, MappingError> {
+        if len_bytes == 0 {
+            return Err(MappingError::Length { offset_bytes: 0, len_bytes: 0 });
+        }
+        let mmap_error = |source: rustix::io::Errno| MappingError::Mmap {
+            len_bytes: len_bytes as u64,
+            source: source.into(),
+        };
+        let flags = rustix::fs::MemfdFlags::CLOEXEC;
+        let fd = rustix::fs::memfd_create("ringmill-pool", flags).map_err(mmap_error)?;
+        rustix::fs::ftruncate(&fd, len_bytes.next_multiple_of(PAGE_BYTES) as u64)
+            .map_err(mmap_error)?;
+        Mapping::own_file(&File::from(fd), len_bytes)
     }
 
     /// Our own memory behind a file descriptor (a memfd), which nobody else can shorten.
@@ -143,7 +168,26 @@ impl Mapping {
             .len(len_bytes)
             .map_raw(file)
             .map_err(|source| MappingError::Mmap { len_bytes: len_bytes as u64, source })?;
-        Ok(Mapping { raw, lead_bytes: 0, len_bytes, guard: None })
+        let file = file
+            .try_clone()
+            .map_err(|source| MappingError::Mmap { len_bytes: len_bytes as u64, source })?;
+        Ok(Mapping { raw, lead_bytes: 0, len_bytes, guard: None, file: Some((file, 0)) })
+    }
+
+    /// The whole pages that the mapping lies in: what an IOMMU can map. They belong to nobody else.
+    #[must_use]
+    pub fn pages(&self) -> (HostAddr, usize) {
+        let base = self.base().as_ptr() as usize;
+        let first = base & !(PAGE_BYTES - 1);
+        (HostAddr(first), (base + self.len_bytes).next_multiple_of(PAGE_BYTES) - first)
+    }
+
+    /// The file behind it and the offset of the first of its pages; `None` for private memory.
+    #[must_use]
+    pub fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
+        let (file, start) = self.file.as_ref()?;
+        let lead = (self.lead_bytes & !(PAGE_BYTES - 1)) as u64;
+        Some((file.as_fd(), start + lead))
     }
 
     /// The first byte.

@@ -5,6 +5,7 @@
 //! request that carries one of its segments has been completed (`Poller::quiesce` is the barrier).
 
 mod bounce;
+mod dma;
 mod guest;
 mod mapping;
 mod pin;
@@ -13,7 +14,8 @@ mod segment;
 mod shared;
 mod sigbus;
 
-pub use bounce::{Bounce, BouncePool};
+pub use bounce::{Bounce, BouncePool, bounce_memory};
+pub use dma::{DmaDomain, DmaError, DmaMap, IovaOffset};
 pub use guest::{MemTable, MemTableError, Region, RegionSpec};
 pub use mapping::{Mapping, MappingError};
 pub use pin::{Pin, PinError, PinState, register_pins};

@@ -6,7 +6,7 @@
 use crate::io::{Batch, Completions};
 use crate::mem::{BouncePool, MappingError, SegmentLists};
 
-use super::{Clock, Entropy, Fair, Ring, RingError};
+use super::{Clock, DeviceQueues, Entropy, Fair, Ring, RingError};
 
 /// The part that channels use.
 #[derive(Debug)]
@@ -19,6 +19,8 @@ pub struct IoCx {
     pub ring: Option<Ring>,
     /// The ring for block devices that are polled, once there is one.
     pub polled: Option<Ring>,
+    /// Queues of devices that this reactor drives itself.
+    pub devices: DeviceQueues,
     /// Aligned memory for what a device cannot take as it is.
     pub bounce: BouncePool,
     /// Memory for the segment lists of requests in flight.
@@ -81,6 +83,7 @@ impl ReactorCx {
                 entropy: Entropy::seeded(seed),
                 ring,
                 polled: None,
+                devices: DeviceQueues::default(),
                 bounce: BouncePool::new()?,
                 lists: SegmentLists::default(),
                 fair: Fair::default(),
@@ -98,6 +101,7 @@ impl ReactorCx {
             ring.commit();
             count += ring.reap();
         }
+        self.io.devices.commit(self.io.clock.now_ns());
         count
     }
 }

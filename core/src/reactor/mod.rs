@@ -2,6 +2,7 @@
 
 mod clock;
 mod context;
+mod devices;
 mod fair;
 mod fixed;
 mod hand_over;
@@ -15,6 +16,7 @@ mod sleep;
 
 pub use clock::{Clock, Entropy, ns_to_ticks, tick_rate, ticks_now};
 pub use context::{IoCx, ReactorCx};
+pub use devices::{DeviceKey, DeviceQueue, DeviceQueues, DeviceSlot};
 pub use fair::{Fair, Share};
 pub use fixed::HeldPins;
 pub use hand_over::HandOver;

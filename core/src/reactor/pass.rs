@@ -143,6 +143,7 @@ impl Reactor {
         for ring in [&mut self.cx.io.ring, &mut self.cx.io.polled].into_iter().flatten() {
             ring.commit();
         }
+        self.cx.io.devices.commit(self.cx.pass_ns);
         work
     }
 
@@ -278,6 +279,7 @@ impl Reactor {
             awake |= entry.poller.prepare_sleep(&mut self.cx);
         }
         if let Some(ring) = &mut self.cx.io.ring {
+            awake |= self.cx.io.devices.prepare_sleep(ring);
             ring.commit();
             awake |= ring.reap() > 0;
             if !awake {
@@ -288,6 +290,7 @@ impl Reactor {
                 ring.wait(timeout.min(SLEEP_MAX));
                 bump(&self.shared.stats.sleeps_count, 1);
             }
+            self.cx.io.devices.wake(ring);
         }
         self.shared.sleep.clear();
     }
