@@ -7,7 +7,13 @@
 
 mod error;
 mod options;
+#[allow(dead_code, reason = "as below")]
+mod parts;
+#[allow(dead_code, reason = "the controller's thread, which comes next, uses it")]
+mod registers;
 mod report;
+#[allow(dead_code, reason = "the queue pair, which comes next, uses the reactor's side")]
+mod shared;
 
 use std::fmt;
 use std::sync::Arc;
@@ -19,7 +25,12 @@ use crate::pci::PciBacking;
 
 pub use error::NvmeError;
 pub use options::{ActionOnTimeout, NvmeOptions};
+pub use parts::{
+    BindVector, DiscardLimits, Interrupts, NamespaceShape, QueueMemory, QueueMemoryError,
+    QueuePairParts, ShadowDoorbells, WriteZeroesLimits,
+};
 pub use report::{ControllerInfo, ControllerState, Counters, Health, NamespaceInfo};
+pub use shared::{FailReason, Order, Overdue, QueueCounters, QueueShared, Trouble};
 
 /// What happened to a controller. Told on its own thread: pass it on and return.
 #[derive(Clone, Debug, PartialEq, Eq)]
