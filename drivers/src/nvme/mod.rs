@@ -5,10 +5,16 @@
 //! everything that breaks; a reactor owns its queue pair. **Invariant:** a request ends only when the device provably cannot
 //! touch its memory any more, and nothing that a device answers panics or makes anybody wait without bound.
 
+#[allow(dead_code, reason = "as below")]
+mod admin;
 mod error;
+#[allow(dead_code, reason = "as below")]
+mod identify;
 mod options;
 #[allow(dead_code, reason = "as below")]
 mod parts;
+#[allow(dead_code, reason = "as below")]
+mod quirks;
 #[allow(dead_code, reason = "the controller's thread, which comes next, uses it")]
 mod registers;
 mod report;
