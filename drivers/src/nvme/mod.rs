@@ -7,12 +7,18 @@
 
 #[allow(dead_code, reason = "as below")]
 mod admin;
+#[allow(dead_code, reason = "as below")]
+mod controller;
 mod error;
 #[allow(dead_code, reason = "as below")]
 mod identify;
+#[allow(dead_code, reason = "as below")]
+mod inquiry;
 mod options;
 #[allow(dead_code, reason = "as below")]
 mod parts;
+#[allow(dead_code, reason = "as below")]
+mod queues;
 #[allow(dead_code, reason = "as below")]
 mod quirks;
 #[allow(dead_code, reason = "the controller's thread, which comes next, uses it")]
