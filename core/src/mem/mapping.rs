@@ -237,6 +237,21 @@ impl Mapping {
         Some((file.as_fd(), start + lead))
     }
 
+    /// True when these bytes of this file are what is mapped, still there, and not lost meanwhile.
+    #[must_use]
+    pub fn is_of(&self, fd: &OwnedFd, offset_bytes: u64, len_bytes: u64) -> bool {
+        let Some((file, start)) = &self.file else { return false };
+        let (Ok(own), Ok(other)) = (rustix::fs::fstat(file), rustix::fs::fstat(fd)) else {
+            return false;
+        };
+        let end = offset_bytes.saturating_add(len_bytes);
+        (own.st_dev, own.st_ino) == (other.st_dev, other.st_ino)
+            && start + bytes_u64(self.lead_bytes) == offset_bytes
+            && bytes_u64(self.len_bytes) == len_bytes
+            && u64::try_from(own.st_size).is_ok_and(|size| size >= end)
+            && !self.failed()
+    }
+
     /// The first byte.
     #[must_use]
     pub fn base(&self) -> NonNull<u8> {
@@ -279,6 +294,19 @@ mod tests {
         assert!(matches!(Mapping::foreign(&fd, u64::MAX, 2), Err(MappingError::Length { .. })));
         assert!(matches!(Mapping::foreign(&fd, 0, 0), Err(MappingError::Length { .. })));
         assert_eq!(Mapping::foreign(&fd, 4096, 4096).unwrap().len_bytes(), 4096);
+    }
+
+    #[test]
+    fn a_mapping_knows_its_file_again() {
+        let fd = memfd(16384);
+        let map = Mapping::foreign(&fd, 5000, 4096).unwrap();
+        let again = fd.try_clone().unwrap();
+        assert!(map.is_of(&again, 5000, 4096));
+        assert!(!map.is_of(&again, 904, 4096) && !map.is_of(&again, 5000, 4095));
+        assert!(!map.is_of(&memfd(16384), 5000, 4096));
+        assert!(!Mapping::anonymous(4096).unwrap().is_of(&again, 0, 4096));
+        rustix::fs::ftruncate(&fd, 9000).unwrap();
+        assert!(!map.is_of(&again, 5000, 4096), "cut");
     }
 
     #[test]
