@@ -62,6 +62,12 @@ pub const MEMORY_REGIONS_MAX: usize = 509;
 /// Mappings of foreign memory that the SIGBUS handler knows: a thousand sessions of up to eight regions and some more.
 pub const FOREIGN_MAPPINGS_MAX: usize = 65536;
 
+/// Address space for all mappings: what the machines with most memory have, and an eighth of what a process has.
+pub const ARENA_BYTES_WANTED: usize = 16 << 40;
+
+/// With less (RLIMIT_AS) there is no room for guests.
+pub const ARENA_BYTES_MIN: usize = 1 << 30;
+
 /// Segments that a taken request keeps without pool memory: what a guest's page-sized and readahead I/O needs.
 pub const SEGMENTS_INLINE: usize = 4;
 
