@@ -5,10 +5,24 @@
 //! everything that breaks; a reactor owns its queue pair. **Invariant:** a request ends only when the device provably cannot
 //! touch its memory any more, and nothing that a device answers panics or makes anybody wait without bound.
 
+#[allow(dead_code, reason = "as below")]
+mod admin;
+#[allow(dead_code, reason = "as below")]
+mod controller;
 mod error;
+#[allow(dead_code, reason = "as below")]
+mod identify;
+#[allow(dead_code, reason = "as below")]
+mod inquiry;
 mod options;
 #[allow(dead_code, reason = "as below")]
 mod parts;
+#[allow(dead_code, reason = "as below")]
+mod queues;
+#[allow(dead_code, reason = "as below")]
+mod quirks;
+#[allow(dead_code, reason = "the controller's thread, which comes next, uses it")]
+mod registers;
 mod report;
 #[allow(dead_code, reason = "the queue pair, which comes next, uses the reactor's side")]
 mod shared;
