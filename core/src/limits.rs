@@ -156,6 +156,15 @@ pub const CROSS_LINKS_MAX: usize = 2 * CONTROLLER_QUEUES_MAX as usize;
 /// little to do is not to wait behind one that fills every device.
 pub const CROSS_ROOM_MIN: usize = 16;
 
+/// Entries of an NVMe ring: an empty place and a command.
+pub const NVME_QUEUE_ENTRIES_MIN: u16 = 2;
+
+/// The most: a slot of a command is 10 bits of its CID, and more commands at a time make no device faster.
+pub const NVME_QUEUE_ENTRIES_MAX: u16 = 1024;
+
+/// Namespaces of one NVMe controller that become disks.
+pub const NVME_NAMESPACES_MAX: usize = 256;
+
 const _: () = assert!(CROSS_SLOTS.is_power_of_two() && CROSS_SLOTS as usize >= BATCH_REQUESTS_MAX);
 const _: () = assert!(CROSS_SLOTS as usize <= QUEUE_INFLIGHT_MAX);
 const _: () = assert!(BATCH_SEGMENTS_MAX >= CHAIN_DESCRIPTORS_MAX);
