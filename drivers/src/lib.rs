@@ -13,5 +13,6 @@ pub mod null;
 pub mod nvme;
 pub mod pci;
 pub mod uring;
+pub mod vfio;
 
 pub use gate::GateChannel;
