@@ -9,6 +9,8 @@
 mod flight;
 mod gate;
 pub mod malloc;
+#[cfg(any(test, feature = "model"))]
+pub mod model;
 pub mod null;
 pub mod nvme;
 pub mod pci;
