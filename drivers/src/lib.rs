@@ -12,5 +12,6 @@ pub mod malloc;
 pub mod null;
 pub mod pci;
 pub mod uring;
+pub mod vfio_user;
 
 pub use gate::GateChannel;
