@@ -62,6 +62,12 @@ pub const MEMORY_REGIONS_MAX: usize = 509;
 /// Mappings of foreign memory that the SIGBUS handler knows: a thousand sessions of up to eight regions and some more.
 pub const FOREIGN_MAPPINGS_MAX: usize = 65536;
 
+/// Address space for all mappings: what the machines with most memory have, and an eighth of what a process has.
+pub const ARENA_BYTES_WANTED: usize = 16 << 40;
+
+/// With less (RLIMIT_AS) there is no room for guests.
+pub const ARENA_BYTES_MIN: usize = 1 << 30;
+
 /// Segments that a taken request keeps without pool memory: what a guest's page-sized and readahead I/O needs.
 pub const SEGMENTS_INLINE: usize = 4;
 
@@ -172,6 +178,15 @@ pub const CROSS_LINKS_MAX: usize = 2 * CONTROLLER_QUEUES_MAX as usize;
 /// Requests in the owner's channel that each requester is guaranteed, where the channel is large enough: a guest with
 /// little to do is not to wait behind one that fills every device.
 pub const CROSS_ROOM_MIN: usize = 16;
+
+/// Entries of an NVMe ring: an empty place and a command.
+pub const NVME_QUEUE_ENTRIES_MIN: u16 = 2;
+
+/// The most: a slot of a command is 10 bits of its CID, and more commands at a time make no device faster.
+pub const NVME_QUEUE_ENTRIES_MAX: u16 = 1024;
+
+/// Namespaces of one NVMe controller that become disks.
+pub const NVME_NAMESPACES_MAX: usize = 256;
 
 const _: () = assert!(CROSS_SLOTS.is_power_of_two() && CROSS_SLOTS as usize >= BATCH_REQUESTS_MAX);
 const _: () = assert!(CROSS_SLOTS as usize <= QUEUE_INFLIGHT_MAX);

@@ -10,6 +10,7 @@ mod flight;
 mod gate;
 pub mod malloc;
 pub mod null;
+pub mod nvme;
 pub mod pci;
 pub mod uring;
 pub mod vfio_user;

@@ -28,6 +28,8 @@ pub mod reg {
     pub const CMBLOC: usize = 0x38;
     /// Controller memory buffer: how large.
     pub const CMBSZ: usize = 0x3c;
+    /// Controller ready time-outs (2.0): with media in the lower half, in 500 ms.
+    pub const CRTO: usize = 0x68;
     /// The first doorbell; submission queue y's is at `(2y) << (2 + DSTRD)` from here, its completion queue's one further.
     pub const DOORBELLS: usize = 0x1000;
 }
@@ -50,6 +52,8 @@ pub mod cap {
     pub const MPSMIN_SHIFT: u32 = 48;
     /// Shift of the largest page: bits 55:52.
     pub const MPSMAX_SHIFT: u32 = 52;
+    /// Ready with media is supported, and CRTO valid.
+    pub const CRWMS: u64 = 1 << 59;
 }
 
 /// Fields of [`reg::CC`].
@@ -250,6 +254,8 @@ pub mod id_ctrl {
     pub const CNTLID: usize = 78;
     /// Version, u32.
     pub const VER: usize = 80;
+    /// What the controller is, u8: 0 not said, 1 I/O, 2 discovery, 3 administrative.
+    pub const CNTRLTYPE: usize = 111;
     /// Optional asynchronous events, u32.
     pub const OAES: usize = 92;
     /// Optional admin commands, u16: bit 3 namespace management, bit 8 doorbell buffer config.
@@ -280,6 +286,8 @@ pub mod id_ctrl {
     pub const VWC: usize = 525;
     /// SGL support, u32: bits 1:0: 1 byte-aligned, 2 dword-aligned; bit 16 bit bucket; bit 20 address is offset.
     pub const SGLS: usize = 536;
+    /// Vendor specific, 1,024 bytes.
+    pub const VS: usize = 3072;
     /// OACS: doorbell buffer config.
     pub const OACS_DOORBELL_BUFFER: u16 = 1 << 8;
     /// ONCS: dataset management.
@@ -326,6 +334,20 @@ pub mod id_ns {
     pub const LBAF: usize = 128;
     /// NSATTR: bit 0 write protected.
     pub const NSATTR: usize = 99;
+}
+
+/// Namespace identification descriptors (Base 2.0 §5.17.2.3): type (u8), length (u8), 2 reserved bytes, the identifier.
+pub mod id_desc {
+    /// Bytes before the identifier.
+    pub const HEAD_BYTES: usize = 4;
+    /// EUI64, 8 bytes.
+    pub const EUI64: u8 = 1;
+    /// NGUID, 16 bytes.
+    pub const NGUID: u8 = 2;
+    /// UUID, 16 bytes.
+    pub const UUID: u8 = 3;
+    /// Command set, 1 byte; 0: NVM.
+    pub const COMMAND_SET: u8 = 4;
 }
 
 /// Identify controller of the NVM command set: offsets.

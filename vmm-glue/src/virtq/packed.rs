@@ -156,7 +156,7 @@ impl PackedQueue {
     /// Whether the driver wants to hear of the used descriptors from `old` up to `used`.
     #[inline]
     fn wants_event(&self, old: Position) -> bool {
-        let [a, b, c, d] = self.rings.avail.load_u32(0).to_le_bytes();
+        let [a, b, c, d] = self.rings.avail.load_u32(0, Ordering::Relaxed).to_le_bytes();
         match u16::from_le_bytes([c, d]) & EVENT_FLAGS_MASK {
             EVENT_FLAGS_DISABLE => false,
             EVENT_FLAGS_DESC if self.event_idx => {
@@ -173,7 +173,7 @@ impl PackedQueue {
     /// What the driver finds before it kicks. One store, because it reads both halves at once.
     #[cold]
     fn set_device_event(&self, desc: u16, flags: u16) {
-        self.rings.used.store_u32(0, u32::from(desc) | u32::from(flags) << 16);
+        self.rings.used.store_u32(0, u32::from(desc) | u32::from(flags) << 16, Ordering::Relaxed);
     }
 }
 

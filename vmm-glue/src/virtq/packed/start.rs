@@ -8,6 +8,8 @@
 //! place to the next one. So a queue that takes its leave with nothing in flight notes its place where the guest lets it
 //! write and does not read: the descriptor of its event suppression, which means nothing while events are enabled.
 
+use std::sync::atomic::Ordering;
+
 use ringmill_core::limits::QUEUE_SIZE_MAX;
 use ringmill_core::spec::virtio_ring::{
     EVENT_FLAGS_ENABLE, PACKED_DESC_F_AVAIL, PACKED_DESC_F_USED,
@@ -108,7 +110,7 @@ impl PackedQueue {
 
     /// What a predecessor noted. One that runs, or died, leaves other flags or no descriptor.
     fn noted_place(&self) -> Option<Position> {
-        let [a, b, c, d] = self.rings.used.load_u32(0).to_le_bytes();
+        let [a, b, c, d] = self.rings.used.load_u32(0, Ordering::Relaxed).to_le_bytes();
         let is_noted = u16::from_le_bytes([c, d]) == EVENT_FLAGS_ENABLE;
         let bits = u16::from_le_bytes([a, b]);
         let is_end = self.size < QUEUE_SIZE_MAX && bits == self.size | WRAP_BIT;
