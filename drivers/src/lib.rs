@@ -16,5 +16,6 @@ pub mod nvme;
 pub mod pci;
 pub mod uring;
 pub mod vfio;
+pub mod vfio_user;
 
 pub use gate::GateChannel;
