@@ -5,13 +5,23 @@
 //! everything that breaks; a reactor owns its queue pair. **Invariant:** a request ends only when the device provably cannot
 //! touch its memory any more, and nothing that a device answers panics or makes anybody wait without bound.
 
+mod channel;
 mod error;
+mod job;
+mod list;
 mod options;
-#[allow(dead_code, reason = "as below")]
 mod parts;
+mod prp;
+mod qpair;
+mod recover;
 mod report;
-#[allow(dead_code, reason = "the queue pair, which comes next, uses the reactor's side")]
+mod rings;
+mod sgl;
 mod shared;
+mod sleep;
+mod slots;
+mod split;
+mod status;
 
 use std::fmt;
 use std::sync::Arc;
@@ -21,12 +31,14 @@ use ringmill_core::reactor::ReactorHandle;
 
 use crate::pci::PciBacking;
 
+pub use channel::NvmeChannel;
 pub use error::NvmeError;
 pub use options::{ActionOnTimeout, NvmeOptions};
 pub use parts::{
     BindVector, DiscardLimits, Interrupts, NamespaceShape, QueueMemory, QueueMemoryError,
     QueuePairParts, ShadowDoorbells, WriteZeroesLimits,
 };
+pub use qpair::QueuePair;
 pub use report::{ControllerInfo, ControllerState, Counters, Health, NamespaceInfo};
 pub use shared::{FailReason, Order, Overdue, QueueCounters, QueueShared, Trouble};
 
