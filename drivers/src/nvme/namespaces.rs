@@ -113,7 +113,11 @@ fn make<B: PciBacking>(
         }
     }
     if let Some(reason) = &info.refused {
-        tracing::warn!("{}: namespace {} cannot be a disk: {reason}", common.options.name, info.nsid);
+        tracing::warn!(
+            "{}: namespace {} cannot be a disk: {reason}",
+            common.options.name,
+            info.nsid
+        );
     }
     Namespaced { info, bdev }
 }

@@ -131,8 +131,7 @@ pub(super) fn make_pair<B: PciBacking>(
     })?;
     controller.create_pair(queue_id, &memory, vector)?;
     shared.order(Order::Run);
-    let pair =
-        Pair { queue_id, shared, memory, vector, home, exists: true, late: None };
+    let pair = Pair { queue_id, shared, memory, vector, home, exists: true, late: None };
     Ok((pair, queue_pair))
 }
 
@@ -197,7 +196,8 @@ impl<B: PciBacking> Keeper<B> {
     pub(super) fn wait_obeyed(&self, within: Duration) -> bool {
         let start = Instant::now();
         loop {
-            let all = self.pairs.iter().all(|pair| pair.shared.is_obeyed() || !self.is_polled(pair));
+            let all =
+                self.pairs.iter().all(|pair| pair.shared.is_obeyed() || !self.is_polled(pair));
             if all || start.elapsed() >= within {
                 return all;
             }
@@ -217,9 +217,8 @@ impl<B: PciBacking> Keeper<B> {
     pub(super) fn restart_pairs(&mut self) -> Result<(), NvmeError> {
         for at in 0..self.pairs.len() {
             let pair = &self.pairs[at];
-            let is_ready = !pair.exists
-                && pair.shared.ordered() == Order::Disabled
-                && pair.shared.is_obeyed();
+            let is_ready =
+                !pair.exists && pair.shared.ordered() == Order::Disabled && pair.shared.is_obeyed();
             if !is_ready {
                 continue;
             }

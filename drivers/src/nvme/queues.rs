@@ -11,12 +11,12 @@ use ringmill_core::mem::{DmaDomain, DmaMap, Mapping, SharedSlice};
 use ringmill_core::spec::nvme::{Sqe, admin, feature};
 use ringmill_core::units::HostAddr;
 
+use super::NvmeError;
 use super::admin::refused_with;
 use super::controller::Controller;
 use super::parts::{PAGE_BYTES, QueueMemory, ShadowDoorbells};
 use super::quirks::{QUEUES_DELAY, Quirks};
 use super::registers::doorbell_offset;
-use super::NvmeError;
 use crate::pci::{PciBacking, Registers};
 
 /// Physically contiguous, which behind an IOMMU everything is.

@@ -49,7 +49,8 @@ impl<B: PciBacking> Keeper<B> {
                 && self.pairs[at].exists
             {
                 let queue_id = self.pairs[at].queue_id;
-                let _ = self.reset(&format!("queue {queue_id} had a wrong completion ({trouble:?})"));
+                let _ =
+                    self.reset(&format!("queue {queue_id} had a wrong completion ({trouble:?})"));
                 return true;
             }
             if let Some(overdue) = self.pairs[at].shared.overdue()
@@ -173,7 +174,10 @@ impl<B: PciBacking> Keeper<B> {
             let name = self.common.options.name.clone();
             Err(NvmeError::Refused {
                 device: name,
-                reason: format!("{RESETS_MAX} resets within {} s; the last: {why}", RESETS_WINDOW.as_secs()),
+                reason: format!(
+                    "{RESETS_MAX} resets within {} s; the last: {why}",
+                    RESETS_WINDOW.as_secs()
+                ),
             })
         } else {
             self.start_again()
