@@ -107,7 +107,7 @@ impl Registers for UserRegisters {
         }
         match self.mapped_at(offset_bytes) {
             Some((memory, at)) => {
-                let value = memory.load_u32(at);
+                let value = memory.load_u32(at, Ordering::Relaxed);
                 fence(Ordering::Acquire);
                 // A server that has cut its file off is no better than one that is gone.
                 if memory.failed() { u32::MAX } else { value }
@@ -125,7 +125,7 @@ impl Registers for UserRegisters {
             Some((memory, at)) => {
                 // What was put into queues is there before the server, a processor like ours, sees the doorbell.
                 fence(Ordering::Release);
-                memory.store_u32(at, value);
+                memory.store_u32(at, value, Ordering::Relaxed);
             }
             None => self.tell(offset_bytes, value),
         }
