@@ -227,6 +227,10 @@ impl<B: PciBacking> Keeper<B> {
             self.controller.create_pair(queue_id, &memory, vector)?;
             let pair = &mut self.pairs[at];
             (pair.exists, pair.late) = (true, None);
+            // What was late before is so no more.
+            if let Some(overdue) = pair.shared.overdue() {
+                pair.shared.settle(overdue.sequence);
+            }
             pair.shared.order(Order::Run);
             nudge(pair.home.as_ref());
         }
