@@ -4,6 +4,7 @@
 //! of a bounds-checked translation or as a piece of a pool, and the owner of the table keeps the mapping until every
 //! request that carries one of its segments has been completed (`Poller::quiesce` is the barrier).
 
+mod arena;
 mod bounce;
 mod dma;
 mod guest;
@@ -13,7 +14,9 @@ mod seglist;
 mod segment;
 mod shared;
 mod sigbus;
+mod window;
 
+pub use arena::arena;
 pub use bounce::{Bounce, BouncePool, bounce_memory};
 pub use dma::{DmaDomain, DmaError, DmaMap, IovaOffset};
 pub use guest::{MemTable, MemTableError, Region, RegionSpec};
@@ -23,3 +26,4 @@ pub use seglist::{ListsHeld, SegmentList, SegmentLists};
 pub use segment::{RegionId, Segment, as_iovecs, pieces, total_bytes};
 pub use shared::SharedSlice;
 pub use sigbus::{install_sigbus_handler, lost_mappings_count};
+pub use window::DeviceWindow;

@@ -60,7 +60,7 @@ impl Guard {
     }
 
     pub(super) fn failed(&self) -> bool {
-        TABLE[self.index].failed.load(Ordering::Relaxed)
+        TABLE[self.index].failed.load(Ordering::Acquire)
     }
 }
 
@@ -89,6 +89,8 @@ extern "C" fn handler(
         if start == 0 || addr < start || addr - start >= len_bytes {
             continue;
         }
+        // Raised first, so that nobody takes the zeroes that follow for the owner's.
+        entry.failed.store(true, Ordering::Release);
         // SAFETY: the range is one whole mapping that its `Guard` keeps registered while it exists; replacing its pages
         // by zero pages invalidates no pointer into it.
         let got = unsafe {
@@ -102,7 +104,6 @@ extern "C" fn handler(
             )
         };
         if got != libc::MAP_FAILED {
-            entry.failed.store(true, Ordering::Relaxed);
             LOST.fetch_add(1, Ordering::Release);
             return;
         }

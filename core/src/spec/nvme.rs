@@ -28,6 +28,8 @@ pub mod reg {
     pub const CMBLOC: usize = 0x38;
     /// Controller memory buffer: how large.
     pub const CMBSZ: usize = 0x3c;
+    /// Controller ready time-outs (2.0): with media in the lower half, in 500 ms.
+    pub const CRTO: usize = 0x68;
     /// The first doorbell; submission queue y's is at `(2y) << (2 + DSTRD)` from here, its completion queue's one further.
     pub const DOORBELLS: usize = 0x1000;
 }
@@ -50,6 +52,8 @@ pub mod cap {
     pub const MPSMIN_SHIFT: u32 = 48;
     /// Shift of the largest page: bits 55:52.
     pub const MPSMAX_SHIFT: u32 = 52;
+    /// Ready with media is supported, and CRTO valid.
+    pub const CRWMS: u64 = 1 << 59;
 }
 
 /// Fields of [`reg::CC`].
@@ -250,6 +254,8 @@ pub mod id_ctrl {
     pub const CNTLID: usize = 78;
     /// Version, u32.
     pub const VER: usize = 80;
+    /// What the controller is, u8: 0 not said, 1 I/O, 2 discovery, 3 administrative.
+    pub const CNTRLTYPE: usize = 111;
     /// Optional asynchronous events, u32.
     pub const OAES: usize = 92;
     /// Optional admin commands, u16: bit 3 namespace management, bit 8 doorbell buffer config.
@@ -280,6 +286,8 @@ pub mod id_ctrl {
     pub const VWC: usize = 525;
     /// SGL support, u32: bits 1:0: 1 byte-aligned, 2 dword-aligned; bit 16 bit bucket; bit 20 address is offset.
     pub const SGLS: usize = 536;
+    /// Vendor specific, 1,024 bytes.
+    pub const VS: usize = 3072;
     /// OACS: doorbell buffer config.
     pub const OACS_DOORBELL_BUFFER: u16 = 1 << 8;
     /// ONCS: dataset management.
@@ -326,6 +334,20 @@ pub mod id_ns {
     pub const LBAF: usize = 128;
     /// NSATTR: bit 0 write protected.
     pub const NSATTR: usize = 99;
+}
+
+/// Namespace identification descriptors (Base 2.0 §5.17.2.3): type (u8), length (u8), 2 reserved bytes, the identifier.
+pub mod id_desc {
+    /// Bytes before the identifier.
+    pub const HEAD_BYTES: usize = 4;
+    /// EUI64, 8 bytes.
+    pub const EUI64: u8 = 1;
+    /// NGUID, 16 bytes.
+    pub const NGUID: u8 = 2;
+    /// UUID, 16 bytes.
+    pub const UUID: u8 = 3;
+    /// Command set, 1 byte; 0: NVM.
+    pub const COMMAND_SET: u8 = 4;
 }
 
 /// Identify controller of the NVM command set: offsets.
@@ -405,6 +427,13 @@ pub struct Cqe(pub [u32; 4]);
 const _: () = assert!(size_of::<Cqe>() == CQE_BYTES);
 
 impl Cqe {
+    /// From its upper half, which has everything that I/O commands answer: dwords 2 and 3, read at once.
+    #[inline]
+    #[must_use]
+    pub const fn from_upper(half: u64) -> Cqe {
+        Cqe([0, 0, (half & 0xffff_ffff) as u32, (half >> 32) as u32])
+    }
+
     /// The command.
     #[inline]
     #[must_use]
@@ -518,8 +547,16 @@ pub mod status {
     pub const INVALID_SGL_TYPE: u16 = 0x011;
     /// A PRP entry has an offset that it must not have.
     pub const INVALID_PRP_OFFSET: u16 = 0x013;
+    /// A sanitize operation failed; until the next one nothing is served.
+    pub const SANITIZE_FAILED: u16 = 0x01c;
+    /// A sanitize operation is under way.
+    pub const SANITIZE_IN_PROGRESS: u16 = 0x01d;
     /// The namespace is write protected.
     pub const WRITE_PROTECTED: u16 = 0x020;
+    /// The command was interrupted; it is to be sent again.
+    pub const COMMAND_INTERRUPTED: u16 = 0x021;
+    /// The transport failed for a moment.
+    pub const TRANSIENT_TRANSPORT_ERROR: u16 = 0x022;
     /// The block range is outside the namespace.
     pub const LBA_OUT_OF_RANGE: u16 = 0x080;
     /// The namespace's capacity is exceeded.
@@ -528,6 +565,8 @@ pub mod status {
     pub const NAMESPACE_NOT_READY: u16 = 0x082;
     /// A reservation of another host.
     pub const RESERVATION_CONFLICT: u16 = 0x083;
+    /// A format is under way.
+    pub const FORMAT_IN_PROGRESS: u16 = 0x084;
     /// The completion queue does not exist (create SQ).
     pub const COMPLETION_QUEUE_INVALID: u16 = 0x100;
     /// The queue id is not valid.
@@ -557,6 +596,9 @@ pub mod status {
     /// The block was deallocated or never written, and reads of such are errors.
     pub const DEALLOCATED: u16 = 0x287;
 }
+
+/// The code type of path errors: the namespace was not reached, whatever the code.
+pub const STATUS_TYPE_PATH: u16 = 0x300;
 
 /// SGL descriptors, 16 bytes: address (u64), length (u32), 3 reserved bytes, type<<4 | subtype (Base 2.0 §4.1.2).
 pub mod sgl {
