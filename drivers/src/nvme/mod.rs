@@ -22,6 +22,8 @@ mod sleep;
 mod slots;
 mod split;
 mod status;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::sync::Arc;
