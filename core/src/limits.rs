@@ -62,6 +62,12 @@ pub const MEMORY_REGIONS_MAX: usize = 509;
 /// Mappings of foreign memory that the SIGBUS handler knows: a thousand sessions of up to eight regions and some more.
 pub const FOREIGN_MAPPINGS_MAX: usize = 65536;
 
+/// Address space for all mappings: what the machines with most memory have, and an eighth of what a process has.
+pub const ARENA_BYTES_WANTED: usize = 16 << 40;
+
+/// With less (RLIMIT_AS) there is no room for guests.
+pub const ARENA_BYTES_MIN: usize = 1 << 30;
+
 /// Segments that a taken request keeps without pool memory: what a guest's page-sized and readahead I/O needs.
 pub const SEGMENTS_INLINE: usize = 4;
 
@@ -100,6 +106,29 @@ pub const RING_CLIENTS_MAX: usize = 32768;
 
 /// Files registered with one reactor's ring.
 pub const RING_FILES_MAX: u32 = 16384;
+
+/// Payload of a vfio-user message: data of the largest transfer that is offered (the protocol's own default, 1 MiB), and what
+/// describes it.
+pub const VFIO_USER_PAYLOAD_BYTES_MAX: usize = (1 << 20) + 64;
+
+/// Descriptors with one vfio-user message: one per command is needed; the rest is room for servers that send more.
+pub const VFIO_USER_FDS_MAX: usize = 8;
+
+/// vfio-user commands whose answer is missing: one per thread that may ask, and answers that nobody waits for any more.
+pub const VFIO_USER_CALLS_MAX: usize = 64;
+
+/// Mappable areas of one vfio-user region: a BAR with doorbells has one.
+pub const VFIO_USER_AREAS_MAX: usize = 16;
+
+/// A vfio-user server that answers a command later than this is as good as gone: they poll their socket.
+pub const VFIO_USER_ANSWER_MS: u64 = 5_000;
+
+/// How long a reactor that goes to sleep waits until a vfio-user server knows its eventfd: many round trips, and a delay
+/// that a guest hardly sees. Without an answer the reactor stays awake.
+pub const VFIO_USER_BIND_MS: u64 = 5;
+
+/// What closing a vfio-user device may take.
+pub const VFIO_USER_CLOSE_MS: u64 = 2_000;
 
 /// Slots of a reactor's table of registered buffers: what io_uring allows (IORING_MAX_REG_BUFFERS).
 pub const RING_BUFFERS_MAX: u32 = 16384;
@@ -156,6 +185,8 @@ pub const NVME_QUEUE_ENTRIES_MIN: u16 = 2;
 /// The most: a slot of a command is 10 bits of its CID, and more commands at a time make no device faster.
 pub const NVME_QUEUE_ENTRIES_MAX: u16 = 1024;
 
+/// Namespaces of one NVMe controller that become disks.
+pub const NVME_NAMESPACES_MAX: usize = 256;
 /// Data of one NVMe command: what a page of PRP entries names wherever the data starts.
 pub const NVME_TRANSFER_BYTES_MAX: u32 = 2 << 20;
 

@@ -209,6 +209,44 @@ fn help_teaches_without_a_daemon() {
 }
 
 #[test]
+fn pci_needs_no_daemon_and_tells_refusal_from_usage() {
+    let tree = tempfile::tempdir().unwrap();
+    let tree_dir = tree.path().to_str().unwrap();
+    let nowhere = Path::new("/no/such.sock");
+    let run = |args: &[&str]| {
+        let mut words = vec!["pci", "--tree", tree_dir];
+        words.extend(args);
+        let output = ctl(nowhere, &words).output().unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+    };
+    let function = tree.path().join("sys/bus/pci/devices/0000:01:00.0");
+    std::fs::create_dir_all(&function).unwrap();
+    for (name, text) in [("class", "0x010802"), ("vendor", "0x144d"), ("device", "0xa80a")] {
+        std::fs::write(function.join(name), text).unwrap();
+    }
+    let (status, table, _) = run(&["list"]);
+    assert_eq!(status, 0);
+    assert!(table.contains("0000:01:00.0  144d:a80a  NVMe controller, Samsung"), "{table}");
+    let (_, rows, _) = run(&["list", "--json"]);
+    let rows: Value = serde_json::from_str(&rows).unwrap();
+    assert_eq!(rows[0]["driver"], Value::Null);
+    for (args, status, words) in [
+        (&["bind", "01:00.0"][..], 1, "modprobe vfio-pci"),
+        (&["bind", "02:00.0"], 1, "there is no PCI function 0000:02:00.0"),
+        (&["unbind", "/dev/nvme0n1"], 2, "is not a PCI address"),
+        (&["bind"], 2, "required"),
+        (&["unbind", "01:00.0"], 1, "driver_override"),
+    ] {
+        let (got, _, message) = run(args);
+        assert_eq!(got, status, "{args:?}: {message}");
+        assert!(message.contains(words), "{args:?}: {message}");
+    }
+    let (_, _, message) = run(&["--json", "bind", "01:00.0"]);
+    assert!(message.starts_with("{\"error\""), "{message}");
+}
+
+#[test]
 fn scripts_get_json_everywhere() {
     let daemon = FakeDaemon::start();
     for args in [

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-use super::Mapping;
+use super::{Mapping, MemTable, Region};
 use crate::units::{HostAddr, Iova};
 
 /// The difference between host addresses and IOVAs of a domain.
@@ -124,5 +124,199 @@ impl DmaMap {
 impl Drop for DmaMap {
     fn drop(&mut self) {
         self.domain.unmap(&self.mapping);
+    }
+}
+
+/// What devices reach of a guest's memory. For control threads.
+impl MemTable {
+    /// True when a device reaches some of it: then this memory is pinned.
+    #[must_use]
+    pub fn has_dma(&self) -> bool {
+        self.regions.iter().any(|region| region.dma.is_some())
+    }
+
+    /// True when a device does not reach some of it.
+    #[must_use]
+    pub fn lacks_dma(&self) -> bool {
+        self.regions.iter().any(|region| region.dma.is_none())
+    }
+
+    fn dma_of(&self, mapping: &Arc<Mapping>) -> Option<&Arc<DmaMap>> {
+        let same = |region: &&Region| Arc::ptr_eq(region.mapping(), mapping);
+        self.regions.iter().filter(same).find_map(Region::dma)
+    }
+
+    /// Shares what a device reaches of regions that `other` has, too.
+    pub fn share_dma(&mut self, other: &MemTable) {
+        for region in &mut self.regions {
+            if region.dma.is_none() {
+                region.dma = other.dma_of(region.mapping()).cloned();
+            }
+        }
+    }
+
+    /// Makes the rest of it reachable in `domain`. Blocks while pages are pinned, seconds for a large guest; `wanted` is asked
+    /// before each region. False when it said no. In that case and after an error, what was mapped here ends with the table.
+    ///
+    /// # Errors
+    /// As for [`DmaDomain::map`].
+    pub fn map_into(
+        &mut self,
+        domain: &Arc<dyn DmaDomain>,
+        wanted: impl Fn() -> bool,
+    ) -> Result<bool, DmaError> {
+        for at in 0..self.regions.len() {
+            let region = &self.regions[at];
+            if region.dma.is_some() {
+                continue;
+            }
+            if !wanted() {
+                return Ok(false);
+            }
+            // Two regions of one mapping are one piece of memory for the device.
+            let map = match self.dma_of(region.mapping()) {
+                Some(map) => Arc::clone(map),
+                None => Arc::new(DmaMap::new(domain, region.mapping())?),
+            };
+            self.regions[at].dma = Some(map);
+        }
+        Ok(true)
+    }
+
+    /// The same memory, and no device reaches it by this table.
+    #[must_use]
+    pub fn without_dma(&self) -> MemTable {
+        let mut table = self.clone();
+        table.regions.iter_mut().for_each(|region| region.dma = None);
+        table
+    }
+
+    /// True when some memory is reached by this table and not by `other`: dropping this one may take long.
+    #[must_use]
+    pub fn has_dma_beyond(&self, other: &MemTable) -> bool {
+        let only_here =
+            |region: &Region| region.dma.is_some() && other.dma_of(region.mapping()).is_none();
+        self.regions.iter().any(only_here)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::mem::RegionSpec;
+    use crate::units::{GuestAddr, bytes_u64};
+
+    const LEN: usize = 8192;
+
+    /// Notes what is mapped; refuses what would be more than so many mappings.
+    #[derive(Debug)]
+    struct Notes {
+        mapped: Mutex<Vec<usize>>,
+        unmapped: Mutex<Vec<usize>>,
+        room: usize,
+    }
+
+    impl DmaDomain for Notes {
+        fn map(&self, mapping: &Arc<Mapping>) -> Result<(), DmaError> {
+            let mut mapped = self.mapped.lock().unwrap();
+            if mapped.len() - self.unmapped.lock().unwrap().len() >= self.room {
+                return Err(DmaError::Gone { device: "full".to_owned() });
+            }
+            mapped.push(mapping.pages().0.0);
+            Ok(())
+        }
+
+        fn unmap(&self, mapping: &Arc<Mapping>) {
+            self.unmapped.lock().unwrap().push(mapping.pages().0.0);
+        }
+
+        fn offset(&self) -> IovaOffset {
+            IovaOffset(0)
+        }
+    }
+
+    fn notes(room: usize) -> (Arc<Notes>, Arc<dyn DmaDomain>) {
+        let notes = Arc::new(Notes { mapped: Mutex::default(), unmapped: Mutex::default(), room });
+        (Arc::clone(&notes), notes)
+    }
+
+    impl Notes {
+        fn counts(&self) -> (usize, usize) {
+            (self.mapped.lock().unwrap().len(), self.unmapped.lock().unwrap().len())
+        }
+    }
+
+    fn add(table: &mut MemTable, at: u64) {
+        let spec =
+            RegionSpec { guest_addr: GuestAddr(at), len_bytes: bytes_u64(LEN), user_addr: at };
+        table.add(spec, Arc::new(Mapping::anonymous(LEN).unwrap())).unwrap();
+    }
+
+    #[test]
+    fn a_region_is_mapped_once_and_unmapped_with_the_last_table() {
+        let (notes, domain) = notes(9);
+        let mut first = MemTable::new();
+        add(&mut first, 0);
+        add(&mut first, 1 << 20);
+        assert!(!first.has_dma() && first.lacks_dma());
+        assert!(first.map_into(&domain, || true).unwrap());
+        assert!(first.has_dma() && !first.lacks_dma());
+        let mut second = first.clone();
+        second.remove(GuestAddr(0), bytes_u64(LEN));
+        add(&mut second, 2 << 20);
+        assert!(second.lacks_dma() && second.has_dma());
+        assert!(second.map_into(&domain, || true).unwrap());
+        assert_eq!(notes.counts(), (3, 0), "only what is new");
+        assert!(first.has_dma_beyond(&second) && !first.has_dma_beyond(&first));
+        let gone = first.regions[0].mapping().pages().0.0;
+        drop(first);
+        assert_eq!(notes.unmapped.lock().unwrap()[..], [gone]);
+        let third = second.clone();
+        drop(second);
+        assert_eq!(notes.counts(), (3, 1));
+        let bare = third.without_dma();
+        assert!(!bare.has_dma() && third.has_dma_beyond(&bare));
+        drop(third);
+        assert_eq!(notes.counts(), (3, 3));
+        assert_eq!(Arc::strong_count(bare.regions[0].mapping()), 1);
+    }
+
+    #[test]
+    fn a_refusal_and_a_change_of_mind_leave_nothing_mapped() {
+        let (notes, domain) = notes(2);
+        let mut old = MemTable::new();
+        add(&mut old, 0);
+        assert!(old.map_into(&domain, || true).unwrap());
+        let mut new = old.without_dma();
+        add(&mut new, 1 << 20);
+        add(&mut new, 2 << 20);
+        new.share_dma(&old);
+        let mut again = new.clone();
+        assert!(matches!(new.map_into(&domain, || true), Err(DmaError::Gone { .. })));
+        drop(new);
+        assert_eq!(notes.counts(), (2, 1));
+        let asked = std::cell::Cell::new(0);
+        assert!(!again.map_into(&domain, || asked.replace(1) == 0).unwrap());
+        drop(again);
+        assert_eq!(notes.counts(), (3, 2));
+        drop(old);
+        assert_eq!(notes.counts(), (3, 3));
+    }
+
+    #[test]
+    fn kept_regions_keep_their_numbers_and_new_ones_get_others() {
+        let mut old = MemTable::new();
+        add(&mut old, 0);
+        add(&mut old, 1 << 20);
+        let mut new = MemTable::after(&old);
+        new.keep(&old.regions[1]).unwrap();
+        assert!(new.keep(&old.regions[1]).is_err(), "it overlaps itself");
+        add(&mut new, 0);
+        let id = |table: &MemTable, at| table.translate(GuestAddr(at), 1, &mut 0).unwrap().region();
+        assert_eq!(id(&new, 1 << 20), id(&old, 1 << 20));
+        assert_ne!(id(&new, 0), id(&old, 0));
+        assert_ne!(id(&new, 0), id(&new, 1 << 20));
     }
 }

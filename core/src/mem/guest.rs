@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-use super::{Mapping, Pin, RegionId, Segment, SharedSlice};
+use super::{DmaMap, Mapping, Pin, RegionId, Segment, SharedSlice};
 use crate::limits::MEMORY_REGIONS_MAX;
 use crate::units::{GuestAddr, HostAddr, len_u32, usize_of};
 
@@ -33,6 +33,8 @@ pub struct Region {
     spec: RegionSpec,
     host: HostAddr,
     id: RegionId,
+    /// Dropped before the mapping: what a device reaches stays mapped.
+    pub(super) dma: Option<Arc<DmaMap>>,
     mapping: Arc<Mapping>,
     pin: Option<Arc<Pin>>,
 }
@@ -48,6 +50,12 @@ impl Region {
     #[must_use]
     pub fn mapping(&self) -> &Arc<Mapping> {
         &self.mapping
+    }
+
+    /// A device reaches it.
+    #[must_use]
+    pub fn dma(&self) -> Option<&Arc<DmaMap>> {
+        self.dma.as_ref()
     }
 
     /// How it is pinned, if it may be.
@@ -94,7 +102,7 @@ pub enum MemTableError {
 /// A guest's regions, sorted by guest address.
 #[derive(Clone, Debug)]
 pub struct MemTable {
-    regions: Vec<Region>,
+    pub(super) regions: Vec<Region>,
     next_id: u32,
 }
 
@@ -164,12 +172,25 @@ impl MemTable {
         self.pins().filter(|pin| pin.is_on()).cloned().collect()
     }
 
-    fn insert(
-        &mut self,
-        spec: RegionSpec,
-        mapping: Arc<Mapping>,
-        to_pin: bool,
-    ) -> Result<RegionId, MemTableError> {
+    /// A table without regions that numbers its own on from those of `former`, some of which may be kept.
+    #[must_use]
+    #[cold]
+    pub fn after(former: &MemTable) -> MemTable {
+        MemTable { regions: Vec::new(), next_id: former.next_id }
+    }
+
+    /// Adds a region of another table, with all that it has.
+    ///
+    /// # Errors
+    /// As for [`MemTable::add`].
+    #[cold]
+    pub fn keep(&mut self, region: &Region) -> Result<(), MemTableError> {
+        self.check(region.spec, &region.mapping)?;
+        self.place(region.clone());
+        Ok(())
+    }
+
+    fn check(&self, spec: RegionSpec, mapping: &Mapping) -> Result<(), MemTableError> {
         let RegionSpec { guest_addr, len_bytes, user_addr } = spec;
         let range_error = MemTableError::Range { guest_addr, len_bytes };
         if len_bytes == 0
@@ -178,11 +199,9 @@ impl MemTable {
         {
             return Err(range_error);
         }
-        if usize_of(len_bytes) > mapping.len_bytes() {
-            return Err(MemTableError::MappingTooShort {
-                len_bytes,
-                mapped_bytes: mapping.len_bytes(),
-            });
+        let mapped_bytes = mapping.len_bytes();
+        if usize_of(len_bytes) > mapped_bytes {
+            return Err(MemTableError::MappingTooShort { len_bytes, mapped_bytes });
         }
         if self.regions.len() >= MEMORY_REGIONS_MAX {
             return Err(MemTableError::TooMany);
@@ -191,21 +210,34 @@ impl MemTable {
         for other in &self.regions {
             let start = other.spec.guest_addr.0;
             if guest_addr.0 < start + other.spec.len_bytes && start < end {
-                return Err(MemTableError::Overlap {
-                    guest_addr,
-                    len_bytes,
-                    other: other.spec.guest_addr,
-                });
+                let other = other.spec.guest_addr;
+                return Err(MemTableError::Overlap { guest_addr, len_bytes, other });
             }
         }
+        Ok(())
+    }
+
+    fn place(&mut self, region: Region) {
+        let guest_addr = region.spec.guest_addr;
+        let at = self.regions.partition_point(|r| r.spec.guest_addr < guest_addr);
+        self.regions.insert(at, region);
+    }
+
+    fn insert(
+        &mut self,
+        spec: RegionSpec,
+        mapping: Arc<Mapping>,
+        to_pin: bool,
+    ) -> Result<RegionId, MemTableError> {
+        self.check(spec, &mapping)?;
         let held = self.pins().map(|pin| pin.slots_count()).sum();
-        let pin = to_pin.then(|| Pin::reserve(&mapping, usize_of(len_bytes), held)).flatten();
+        let reserve = || Pin::reserve(&mapping, usize_of(spec.len_bytes), held);
+        let pin = to_pin.then(reserve).flatten();
         let id = pin.as_ref().map_or(RegionId(self.next_id), |pin| RegionId(pin.first_slot()));
         // Up to the end of the 32 bits and then from the start again: a session does not live to see it.
         self.next_id = self.next_id.checked_add(1).unwrap_or(RegionId::UNPINNED.0);
         let host = HostAddr(mapping.base().as_ptr() as usize);
-        let at = self.regions.partition_point(|r| r.spec.guest_addr < guest_addr);
-        self.regions.insert(at, Region { spec, host, id, mapping, pin });
+        self.place(Region { spec, host, id, dma: None, mapping, pin });
         Ok(id)
     }
 

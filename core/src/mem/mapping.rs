@@ -1,23 +1,27 @@
 //! A mapping of memory that somebody else may write, truncate or take away.
 //!
-//! Flow: a file descriptor from a front-end (or nothing, for our own memory) → a mapped range → regions and rings.
+//! Flow: a file descriptor from a front-end (or nothing, for our own memory) → a range of the arena → regions and rings.
 //! Owner: created and dropped on a control thread; shared by `Arc` with reactors.
 //! **Invariant:** a foreign mapping is known to the SIGBUS handler for its whole life.
 #![expect(unsafe_code)] // UNSAFETY: mmap of file descriptors; nothing here is ever exposed as `&[u8]`.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::ptr::NonNull;
 
-use memmap2::{MmapOptions, MmapRaw};
+use memmap2::MmapOptions;
 use thiserror::Error;
 
+use super::arena::Place;
 use super::sigbus;
-use crate::units::{HostAddr, usize_of};
+use crate::units::{HostAddr, bytes_u64, usize_of};
 
 /// What an IOMMU maps at least.
 const PAGE_BYTES: usize = 4096;
+
+/// What an IOMMU, and the processor, map in one go where memory and address agree: long mappings are placed so.
+const SUPERPAGE_BYTES: usize = 2 << 20;
 
 /// Why memory could not be mapped.
 #[derive(Debug, Error)]
@@ -52,6 +56,20 @@ pub enum MappingError {
     /// Too many foreign mappings at once.
     #[error("more than {0} memory regions of other processes are mapped; disconnect some guests")]
     TooMany(usize),
+    /// No address space at all.
+    #[error("the kernel gives no address space for memory; raise RLIMIT_AS (ulimit -v)")]
+    NoArena,
+    /// The address space that is set aside for mappings is used up.
+    #[error(
+        "no room for {len_bytes} bytes in the {arena_bytes} bytes of address space for memory; disconnect some guests, \
+         or raise RLIMIT_AS (ulimit -v) if it is set"
+    )]
+    ArenaFull {
+        /// Length asked for.
+        len_bytes: u64,
+        /// Length of all.
+        arena_bytes: u64,
+    },
     /// The kernel refused.
     #[error("cannot map {len_bytes} bytes of shared memory: {source}")]
     Mmap {
@@ -65,14 +83,31 @@ pub enum MappingError {
 /// A mapped range of bytes. Dropping it unmaps; see the module header for who may still use it then (nobody).
 #[derive(Debug)]
 pub struct Mapping {
-    /// Dropped before `raw`: once unmapped, the range may be somebody else's.
+    /// Dropped before `place`: once unmapped, the range may be somebody else's.
     guard: Option<sigbus::Guard>,
-    raw: MmapRaw,
-    /// Bytes between the start of `raw` and the first byte asked for (rounding to the file's block).
+    place: Place,
+    /// Bytes between the start of `place` and the first byte asked for (rounding to the file's block).
     lead_bytes: usize,
     len_bytes: usize,
     /// What is mapped, and from where on, for a device in another process.
     file: Option<(File, u64)>,
+}
+
+/// A file's block: for hugetlb files the size of their pages, which mappings consist of.
+fn block_bytes(meta: &Metadata) -> u64 {
+    meta.blksize().max(bytes_u64(PAGE_BYTES)).next_power_of_two()
+}
+
+/// Bytes and file offset (0 without a file) to the alignment of an address and what is to be left over: where address and
+/// offset agree modulo 2 MiB, the huge pages of a file are huge pages of the mapping.
+fn alignment(len_bytes: usize, offset_bytes: u64, block: u64) -> (usize, usize) {
+    let long = if len_bytes >= SUPERPAGE_BYTES { SUPERPAGE_BYTES } else { PAGE_BYTES };
+    let align = usize_of(block).max(long);
+    (align, usize_of(offset_bytes) & (align - 1))
+}
+
+fn wrong_length(len_bytes: usize) -> MappingError {
+    MappingError::Length { offset_bytes: 0, len_bytes: bytes_u64(len_bytes) }
 }
 
 impl Mapping {
@@ -105,7 +140,7 @@ impl Mapping {
         if meta.file_type().is_file() && meta.len() < end {
             return Err(MappingError::FileTooShort { file_bytes: meta.len(), need_bytes: end });
         }
-        let block = meta.blksize().max(4096).next_power_of_two();
+        let block = block_bytes(&meta);
         let start = offset_bytes & !(block - 1);
         let rounded_end = end.checked_add(block - 1).ok_or_else(length_error)? & !(block - 1);
         let map_len = usize_of(rounded_end - start);
@@ -114,13 +149,17 @@ impl Mapping {
         }
         let raw =
             MmapOptions::new().offset(start).len(map_len).map_raw(&file).map_err(mmap_error)?;
-        let guard = sigbus::Guard::register(raw.as_mut_ptr() as usize, map_len)
+        let (align, phase) = alignment(map_len, start, block);
+        let place = Place::adopt(raw, map_len, align, phase)?;
+        // Other people's memory: neither their secrets nor their gigabytes belong into a dump of this process.
+        place.keep_out_of_dumps();
+        let guard = sigbus::Guard::register(place.start().as_ptr() as usize, place.len_bytes())
             .ok_or(MappingError::TooMany(crate::limits::FOREIGN_MAPPINGS_MAX))?;
         Ok(Mapping {
-            raw,
+            guard: Some(guard),
+            place,
             lead_bytes: usize_of(offset_bytes - start),
             len_bytes: usize_of(len_bytes),
-            guard: Some(guard),
             file: Some((file, start)),
         })
     }
@@ -131,13 +170,17 @@ impl Mapping {
     /// Zero length, or the kernel's refusal.
     pub fn anonymous(len_bytes: usize) -> Result<Mapping, MappingError> {
         if len_bytes == 0 {
-            return Err(MappingError::Length { offset_bytes: 0, len_bytes: 0 });
+            return Err(wrong_length(0));
         }
+        let map_len =
+            len_bytes.checked_next_multiple_of(PAGE_BYTES).ok_or(wrong_length(len_bytes))?;
         let map = MmapOptions::new()
-            .len(len_bytes)
+            .len(map_len)
             .map_anon()
-            .map_err(|source| MappingError::Mmap { len_bytes: len_bytes as u64, source })?;
-        Ok(Mapping { raw: map.into(), lead_bytes: 0, len_bytes, guard: None, file: None })
+            .map_err(|source| MappingError::Mmap { len_bytes: bytes_u64(len_bytes), source })?;
+        let (align, phase) = alignment(map_len, 0, 0);
+        let place = Place::adopt(map.into(), map_len, align, phase)?;
+        Ok(Mapping { guard: None, place, lead_bytes: 0, len_bytes, file: None })
     }
 
     /// Zeroed memory of our own that devices in other processes can be given, page aligned.
@@ -146,7 +189,7 @@ impl Mapping {
     /// Zero length, or the kernel's refusal.
     pub fn pool(len_bytes: usize) -> Result<Mapping, MappingError> {
         if len_bytes == 0 {
-            return Err(MappingError::Length { offset_bytes: 0, len_bytes: 0 });
+            return Err(wrong_length(0));
         }
         let mmap_error = |source: rustix::io::Errno| MappingError::Mmap {
             len_bytes: len_bytes as u64,
@@ -164,14 +207,18 @@ impl Mapping {
     /// # Errors
     /// As for [`Mapping::foreign`].
     pub fn own_file(file: &File, len_bytes: usize) -> Result<Mapping, MappingError> {
-        let raw = MmapOptions::new()
-            .len(len_bytes)
-            .map_raw(file)
-            .map_err(|source| MappingError::Mmap { len_bytes: len_bytes as u64, source })?;
-        let file = file
-            .try_clone()
-            .map_err(|source| MappingError::Mmap { len_bytes: len_bytes as u64, source })?;
-        Ok(Mapping { raw, lead_bytes: 0, len_bytes, guard: None, file: Some((file, 0)) })
+        if len_bytes == 0 {
+            return Err(wrong_length(0));
+        }
+        let mmap_error = |source| MappingError::Mmap { len_bytes: bytes_u64(len_bytes), source };
+        let file = file.try_clone().map_err(mmap_error)?;
+        let block = block_bytes(&file.metadata().map_err(mmap_error)?);
+        let map_len =
+            len_bytes.checked_next_multiple_of(usize_of(block)).ok_or(wrong_length(len_bytes))?;
+        let raw = MmapOptions::new().len(map_len).map_raw(&file).map_err(mmap_error)?;
+        let (align, phase) = alignment(map_len, 0, block);
+        let place = Place::adopt(raw, map_len, align, phase)?;
+        Ok(Mapping { guard: None, place, lead_bytes: 0, len_bytes, file: Some((file, 0)) })
     }
 
     /// The whole pages that the mapping lies in: what an IOMMU can map. They belong to nobody else.
@@ -190,11 +237,26 @@ impl Mapping {
         Some((file.as_fd(), start + lead))
     }
 
+    /// True when these bytes of this file are what is mapped, still there, and not lost meanwhile.
+    #[must_use]
+    pub fn is_of(&self, fd: &OwnedFd, offset_bytes: u64, len_bytes: u64) -> bool {
+        let Some((file, start)) = &self.file else { return false };
+        let (Ok(own), Ok(other)) = (rustix::fs::fstat(file), rustix::fs::fstat(fd)) else {
+            return false;
+        };
+        let end = offset_bytes.saturating_add(len_bytes);
+        (own.st_dev, own.st_ino) == (other.st_dev, other.st_ino)
+            && start + bytes_u64(self.lead_bytes) == offset_bytes
+            && bytes_u64(self.len_bytes) == len_bytes
+            && u64::try_from(own.st_size).is_ok_and(|size| size >= end)
+            && !self.failed()
+    }
+
     /// The first byte.
     #[must_use]
     pub fn base(&self) -> NonNull<u8> {
-        // SAFETY: `lead_bytes` < the mapped length (established in `foreign`), and mmap never returns null.
-        unsafe { NonNull::new_unchecked(self.raw.as_mut_ptr().add(self.lead_bytes)) }
+        // SAFETY: `lead_bytes` < the mapped length (established in `foreign`).
+        unsafe { self.place.start().add(self.lead_bytes) }
     }
 
     /// Bytes mapped.
@@ -232,6 +294,19 @@ mod tests {
         assert!(matches!(Mapping::foreign(&fd, u64::MAX, 2), Err(MappingError::Length { .. })));
         assert!(matches!(Mapping::foreign(&fd, 0, 0), Err(MappingError::Length { .. })));
         assert_eq!(Mapping::foreign(&fd, 4096, 4096).unwrap().len_bytes(), 4096);
+    }
+
+    #[test]
+    fn a_mapping_knows_its_file_again() {
+        let fd = memfd(16384);
+        let map = Mapping::foreign(&fd, 5000, 4096).unwrap();
+        let again = fd.try_clone().unwrap();
+        assert!(map.is_of(&again, 5000, 4096));
+        assert!(!map.is_of(&again, 904, 4096) && !map.is_of(&again, 5000, 4095));
+        assert!(!map.is_of(&memfd(16384), 5000, 4096));
+        assert!(!Mapping::anonymous(4096).unwrap().is_of(&again, 0, 4096));
+        rustix::fs::ftruncate(&fd, 9000).unwrap();
+        assert!(!map.is_of(&again, 5000, 4096), "cut");
     }
 
     #[test]

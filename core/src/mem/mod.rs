@@ -4,6 +4,7 @@
 //! of a bounds-checked translation or as a piece of a pool, and the owner of the table keeps the mapping until every
 //! request that carries one of its segments has been completed (`Poller::quiesce` is the barrier).
 
+mod arena;
 mod bounce;
 mod dma;
 mod guest;
@@ -15,6 +16,7 @@ mod shared;
 mod sigbus;
 mod window;
 
+pub use arena::arena;
 pub use bounce::{Bounce, BouncePool, bounce_memory};
 pub use dma::{DmaDomain, DmaError, DmaMap, IovaOffset};
 pub use guest::{MemTable, MemTableError, Region, RegionSpec};

@@ -7,6 +7,7 @@ use ringmill_core::mem::{DmaError, MappingError};
 use ringmill_core::spec::nvme::Status;
 use thiserror::Error;
 
+use super::parts::QueueMemoryError;
 use crate::pci::PciError;
 
 /// Why a controller cannot be used. Every message names the device.
@@ -21,6 +22,9 @@ pub enum NvmeError {
     /// No memory for queues.
     #[error(transparent)]
     Memory(#[from] MappingError),
+    /// No memory for a queue pair.
+    #[error(transparent)]
+    Queue(#[from] QueueMemoryError),
     /// A bdev of it could not be made.
     #[error(transparent)]
     Bdev(#[from] BdevError),
@@ -90,4 +94,17 @@ pub enum NvmeError {
         /// What became of it.
         state: &'static str,
     },
+}
+
+impl NvmeError {
+    /// True when there is nobody to talk to any more.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        matches!(
+            self,
+            NvmeError::Gone { .. }
+                | NvmeError::Pci(PciError::Gone { .. })
+                | NvmeError::Dma(DmaError::Gone { .. })
+        )
+    }
 }

@@ -38,8 +38,8 @@ pub struct NvmeOptions {
     pub timeout_admin: Duration,
     /// What happens then.
     pub action_on_timeout: ActionOnTimeout,
-    /// How often a request is given to the device again after resets, before it fails.
-    pub retries_max: u8,
+    /// The longest that the controller may take to get ready or to stop, whatever it says itself (CAP.TO): 1 ms to 7 days.
+    pub ready_timeout_max: Duration,
 }
 
 impl Default for NvmeOptions {
@@ -51,7 +51,8 @@ impl Default for NvmeOptions {
             timeout: Duration::from_secs(30),
             timeout_admin: Duration::from_secs(10),
             action_on_timeout: ActionOnTimeout::default(),
-            retries_max: 4,
+            // What CAP.TO can say at most.
+            ready_timeout_max: Duration::from_secs(128),
         }
     }
 }
@@ -88,6 +89,9 @@ impl NvmeOptions {
                     .to_owned(),
             );
         }
+        if !(Duration::from_millis(1)..=TIMEOUT_MOST).contains(&self.ready_timeout_max) {
+            return fail("ready_timeout_max must be from 1 ms to 7 days".to_owned());
+        }
         Ok(())
     }
 }
@@ -110,6 +114,7 @@ mod tests {
             (NvmeOptions { timeout: Duration::from_millis(9), ..good.clone() }, "10 ms"),
             (NvmeOptions { timeout_admin: Duration::ZERO, ..good.clone() }, "10 ms"),
             (NvmeOptions { timeout_admin: Duration::MAX, ..good.clone() }, "7 days"),
+            (NvmeOptions { ready_timeout_max: Duration::ZERO, ..good.clone() }, "1 ms"),
         ] {
             let words = bad.check().unwrap_err().to_string();
             assert!(words.contains(word), "{words}");

@@ -10,6 +10,7 @@ mod config;
 mod disk;
 mod help;
 mod hist;
+mod pci;
 mod status;
 
 use std::{
@@ -31,6 +32,7 @@ Examples:
   ringmillctl disk add scratch --ram 1GiB              a RAM disk
   ringmillctl status                                   reactors, disks, guests
   ringmillctl hist show vm1                            latencies per stage
+  ringmillctl pci list                                 NVMe and AHCI controllers of this machine
   ringmillctl call bdev_get_iostat names='[\"vm1\"]'     any method of the RPC
   ringmillctl help bdev_uring_create                   what a method takes
 
@@ -69,6 +71,9 @@ enum Command {
     /// Latencies per stage: queue, device, complete, total
     #[command(subcommand)]
     Hist(hist::HistCommand),
+
+    /// PCI controllers of this machine: list them, give them to vfio-pci and back (without a daemon)
+    Pci(pci::PciArgs),
 
     /// Call any method of the RPC
     #[command(after_help = "Examples:
@@ -130,6 +135,9 @@ pub enum CtlError {
     /// A file or the output failed (1).
     #[error("{0}")]
     Io(String),
+    /// What was asked for is not possible, or not safe, on this machine (1).
+    #[error("{0}")]
+    Refused(String),
     /// Nobody reads the output any more, as in `| head` (0).
     #[error("output closed")]
     OutputClosed,
@@ -147,7 +155,7 @@ impl From<io::Error> for CtlError {
 impl CtlError {
     fn exit_status(&self) -> u8 {
         match self {
-            Self::Rpc(_) | Self::Io(_) => 1,
+            Self::Rpc(_) | Self::Io(_) | Self::Refused(_) => 1,
             Self::Usage(_) => 2,
             Self::Unreachable(_) => 3,
             Self::OutputClosed => 0,
@@ -214,6 +222,7 @@ fn run(cli: Cli, out: &mut dyn Write) -> Result<(), CtlError> {
             clap_complete::generate(*shell, &mut Cli::command(), "ringmillctl", &mut script);
             return Ok(out.write_all(&script)?);
         }
+        Command::Pci(args) => return pci::run(args, out, cli.json),
         _ => {}
     }
     if let Command::Call { method, params } = &cli.command {
@@ -234,7 +243,7 @@ fn run(cli: Cli, out: &mut dyn Write) -> Result<(), CtlError> {
         }
         Command::SaveConfig { file } => config::save(&mut context, file.as_deref()),
         Command::LoadConfig { file } => config::load(&mut context, &file),
-        Command::Help { .. } | Command::Completions { .. } => Ok(()),
+        Command::Pci(_) | Command::Help { .. } | Command::Completions { .. } => Ok(()),
     }
 }
 

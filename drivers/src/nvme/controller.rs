@@ -1,0 +1,229 @@
+//! The controller's own state: off, on, stopped for good.
+//!
+//! Flow: open (checks, disable, admin queue, bus master, enable, identify) → halt and enable again for every reset → shut
+//! down. Owner: the thread that attaches, then the controller's thread. **Invariant:** every wait ends within what CAP.TO says
+//! (and the option above it); the device is a bus master only between the set-up of the admin queue and the proof that it
+//! has stopped.
+//!
+//! NVMe Base 2.0 §3.5 (initialization), §3.6 (shutdown), §3.7 (reset).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ringmill_core::spec::nvme::{cc, csts};
+
+use super::admin::AdminQueue;
+use super::identify::{ControllerData, SetLimits};
+use super::queues::ShadowPages;
+use super::quirks::{INIT_DELAY, Quirks, READY_DELAY};
+use super::registers::{Bar, Capabilities, doorbell_offset, enabled_configuration};
+use super::{NvmeError, NvmeOptions};
+use crate::pci::{PciBacking, Registers};
+
+/// A shutdown flushes caches: it gets this long at least, and no more than that beyond what CAP.TO says.
+const SHUTDOWN_LEAST: Duration = Duration::from_secs(5);
+
+/// How long a controller that could not be used is waited for, before it is closed in whatever state it is.
+const STOP_AFTER_FAILURE: Duration = Duration::from_secs(2);
+
+/// What CAP.CSS offers and CC.CSS chooses.
+const SETS_NVM: u8 = 1;
+const SETS_ALL: u8 = 1 << 6;
+const CHOOSE_NVM: u32 = 0;
+const CHOOSE_ALL: u32 = 6;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Controller<B: PciBacking> {
+    pub(super) backing: Arc<B>,
+    pub(super) bar: Bar<B::Registers>,
+    pub(super) cap: Capabilities,
+    /// Major, minor, tertiary.
+    pub(super) version: (u16, u8, u8),
+    /// PCI vendor and device.
+    pub(super) ids: (u16, u16),
+    pub(super) quirks: Quirks,
+    pub(super) admin: AdminQueue,
+    pub(super) data: ControllerData,
+    pub(super) limits: SetLimits,
+    pub(super) shadow: Option<ShadowPages>,
+    pub(super) timeout_admin: Duration,
+    ready_most: Duration,
+    command_set: u32,
+}
+
+impl<B: PciBacking> Controller<B> {
+    /// Brings it up and asks who it is. Whoever gets an error closes the backing.
+    pub(super) fn open(
+        backing: Arc<B>,
+        options: &NvmeOptions,
+        pairs_wanted: u16,
+    ) -> Result<Controller<B>, NvmeError> {
+        let mut ids = [0; 4];
+        backing.config_read(0, &mut ids)?;
+        let [v0, v1, d0, d1] = ids;
+        let ids = (u16::from_le_bytes([v0, v1]), u16::from_le_bytes([d0, d1]));
+        let quirks = Quirks::of(ids.0, ids.1);
+        if quirks.has(Quirks::DELAY_BEFORE_INIT) {
+            std::thread::sleep(INIT_DELAY);
+        }
+        // Nothing that firmware or an earlier driver set up may write into memory that is ours now.
+        backing.set_bus_master(false)?;
+        let (bar, cap) = map_registers(&*backing, pairs_wanted)?;
+        let version = bar.version()?;
+        let command_set = check(&bar, cap, version)?;
+        let admin = AdminQueue::new(&backing.dma(), cap)?;
+        let mut controller = Controller {
+            bar,
+            cap,
+            version,
+            ids,
+            quirks,
+            admin,
+            data: ControllerData::parse(&[], quirks),
+            limits: SetLimits::default(),
+            shadow: None,
+            timeout_admin: options.timeout_admin,
+            ready_most: options.ready_timeout_max,
+            command_set,
+            backing,
+        };
+        match controller.start() {
+            Ok(()) => Ok(controller),
+            Err(error) => {
+                // The better error is the first.
+                let _ = controller.disable(STOP_AFTER_FAILURE);
+                Err(error)
+            }
+        }
+    }
+
+    fn start(&mut self) -> Result<(), NvmeError> {
+        self.disable(Duration::MAX)?;
+        self.enable()?;
+        self.identify()
+    }
+
+    fn ready_within(&self) -> Duration {
+        self.bar.ready_within(self.cap, self.ready_most)
+    }
+
+    /// CC.EN = 0, and the proof that it was obeyed: RDY = 0. Then it reaches no memory. Bus master goes off as well.
+    pub(super) fn disable(&mut self, at_most: Duration) -> Result<(), NvmeError> {
+        let within = self.ready_within().min(at_most);
+        let configuration = self.bar.configuration()?;
+        if configuration & cc::EN != 0 {
+            let status = self.bar.status()?;
+            if status & (csts::RDY | csts::CFS | csts::SHST_MASK) == 0 {
+                // On its way up; it must arrive before it may be stopped (Base 2.0 §3.5.1). One that does not is stopped
+                // all the same.
+                let words = ("become ready", "power it off and on");
+                match self.bar.wait_status(csts::RDY, csts::RDY, within, true, words) {
+                    Err(error) if error.is_gone() => return Err(error),
+                    _ => {}
+                }
+            }
+            self.bar.set_configuration(configuration & !(cc::EN | cc::SHN_MASK));
+            if self.quirks.has(Quirks::DELAY_BEFORE_READY) {
+                std::thread::sleep(READY_DELAY);
+            }
+        }
+        let words = ("stop after CC.EN was cleared", "power it off and on");
+        self.bar.wait_status(csts::RDY, 0, within, true, words)?;
+        self.backing.set_bus_master(false)?;
+        Ok(())
+    }
+
+    /// A disabled controller gets its admin queue and starts.
+    pub(super) fn enable(&mut self) -> Result<(), NvmeError> {
+        self.admin.set_up(&self.bar);
+        self.backing.set_bus_master(true)?;
+        self.bar.set_configuration(enabled_configuration(self.command_set));
+        let words = ("become ready after CC.EN was set", "power it off and on");
+        self.bar.wait_status(csts::RDY, csts::RDY, self.ready_within(), false, words)
+    }
+
+    /// Stops it by whatever means work: the register, then a reset of the function. After `Ok` it provably reaches no memory
+    /// and has forgotten its queues; after an error only `PciBacking::close` is left.
+    pub(super) fn halt(&mut self, at_most: Duration) -> Result<(), NvmeError> {
+        let refused = match self.disable(at_most) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.is_gone() => return Err(error),
+            Err(error) => error,
+        };
+        tracing::warn!("{refused}; resetting its PCI function");
+        self.reset_function()
+    }
+
+    /// FLR, and a look whether it worked.
+    pub(super) fn reset_function(&mut self) -> Result<(), NvmeError> {
+        self.backing.reset()?;
+        self.disable(Duration::MAX)
+    }
+
+    /// Tells it to make everything stable, then disables it. For a controller without commands.
+    pub(super) fn shut_down(&mut self) -> Result<(), NvmeError> {
+        let configuration = self.bar.configuration()?;
+        if configuration & cc::EN != 0 && self.bar.status()? & csts::CFS == 0 {
+            self.bar.set_configuration(configuration & !cc::SHN_MASK | cc::SHN_NORMAL);
+            if !self.quirks.has(Quirks::SHUTDOWN_SILENT) {
+                let within = self.ready_within().clamp(SHUTDOWN_LEAST, SHUTDOWN_LEAST * 2);
+                let words = ("finish its shutdown", "nothing is to be done; it is disabled now");
+                let done = csts::SHST_COMPLETE;
+                match self.bar.wait_status(csts::SHST_MASK, done, within, false, words) {
+                    Err(error) if error.is_gone() => return Err(error),
+                    Err(error) => tracing::warn!("{error}"),
+                    Ok(()) => {}
+                }
+            }
+        }
+        self.disable(Duration::MAX)
+    }
+}
+
+/// BAR 0 with as many doorbells as are wanted, or as there are.
+fn map_registers<B: PciBacking>(
+    backing: &B,
+    pairs_wanted: u16,
+) -> Result<(Bar<B::Registers>, Capabilities), NvmeError> {
+    let least = doorbell_offset(0, true, 0) + 4;
+    let first = Bar::new(backing.registers(0, least)?, backing.name());
+    let cap = first.capabilities()?;
+    let wanted = doorbell_offset(pairs_wanted, true, cap.doorbell_stride()) + 4;
+    if first.registers().len_bytes() >= wanted {
+        return Ok((first, cap));
+    }
+    // A BAR too short for all gives what it has.
+    match backing.registers(0, wanted) {
+        Ok(registers) => Ok((Bar::new(registers, backing.name()), cap)),
+        Err(_) => Ok((first, cap)),
+    }
+}
+
+/// What does not depend on identify. Returns the command set to choose.
+fn check<R: Registers>(
+    bar: &Bar<R>,
+    cap: Capabilities,
+    (major, minor, _): (u16, u8, u8),
+) -> Result<u32, NvmeError> {
+    if major == 0 {
+        return Err(bar.nonsense(format!("version {major}.{minor}")));
+    }
+    if cap.page_min_shift() > 0 {
+        let bytes = 4096u64 << cap.page_min_shift();
+        return Err(bar.refused(format!(
+            "its smallest memory page is {bytes} bytes (CAP.MPSMIN); only controllers that take pages of 4096 can be used"
+        )));
+    }
+    // A queue of one entry is none (Base 2.0 §3.1.3.1).
+    if cap.queue_entries_max() < 2 {
+        return Err(bar.nonsense("CAP.MQES is 0"));
+    }
+    match cap.command_sets() {
+        sets if sets & SETS_NVM != 0 => Ok(CHOOSE_NVM),
+        sets if sets & SETS_ALL != 0 => Ok(CHOOSE_ALL),
+        sets => Err(bar.refused(format!(
+            "it has no NVM command set (CAP.CSS is {sets:#x}); attach a controller for I/O"
+        ))),
+    }
+}
