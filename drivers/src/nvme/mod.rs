@@ -36,6 +36,8 @@ mod sleep;
 mod slots;
 mod split;
 mod status;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::sync::Arc;
