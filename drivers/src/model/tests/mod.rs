@@ -1,5 +1,6 @@
 //! The model, driven by hand: bring-up and data here, the rest beside.
 
+mod over_vfio_user;
 mod rig;
 
 use rig::{Rig, io};
