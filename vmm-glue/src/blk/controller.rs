@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -18,12 +18,16 @@ use ringmill_core::limits::CONTROLLER_QUEUES_MAX;
 use ringmill_core::reactor::ReactorHandle;
 use thiserror::Error;
 
-use crate::vhost_user::{Peer, Session};
+use crate::vhost_user::{Completion, Peer, Refusal, Session};
 
 use super::event::{Event, EventKind, EventSender};
-use super::frontend::{FrontEnd, PinView, Shared, Turn};
+use super::frontend::{FrontEnd, Shared, Turn};
 use super::places::Places;
 use super::{BlkDevice, QueueStatus, WorkerEvent};
+
+mod view;
+
+pub use view::{ControllerState, QueueView, SessionView, Source, SourceToken};
 
 /// Connections to one socket: the running one, a migration's destination, a few that are about to hang up.
 const SESSIONS_MAX: usize = 8;
@@ -110,79 +114,6 @@ pub struct ControllerSpec {
     pub queues_max: u16,
     /// Pin guests' memory, so that the kernel does not do it for every request.
     pub pin: bool,
-}
-
-/// Where a controller stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ControllerState {
-    /// It takes connections.
-    Active,
-    /// It is being deleted and waits for requests in flight.
-    Draining,
-    /// It has let go of everything; drop it.
-    Deleted,
-}
-
-/// What a descriptor of a controller belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SourceToken {
-    /// The listening socket.
-    Listener,
-    /// A front-end's connection.
-    Session(u64),
-    /// The way for our own requests to a front-end, which was full.
-    Channel(u64),
-}
-
-/// A descriptor to poll.
-#[derive(Debug)]
-pub struct Source<'a> {
-    /// What to poll.
-    pub fd: BorrowedFd<'a>,
-    /// For input.
-    pub readable: bool,
-    /// For room.
-    pub writable: bool,
-    /// What it belongs to.
-    pub token: SourceToken,
-}
-
-/// A session as status output shows it.
-#[derive(Clone, Debug)]
-pub struct SessionView {
-    /// Its number.
-    pub vid: u64,
-    /// True when its rings may run.
-    pub active: bool,
-    /// Negotiated virtio features.
-    pub features: u64,
-    /// Negotiated vhost-user protocol features.
-    pub protocol_features: u64,
-    /// Memory regions and their bytes.
-    pub memory: (usize, u64),
-    /// Whether its memory is pinned.
-    pub pin: PinView,
-    /// Its started rings.
-    pub queues: Vec<QueueView>,
-}
-
-/// A ring as status output shows it.
-#[derive(Clone, Debug)]
-pub struct QueueView {
-    /// Its number.
-    pub index: u16,
-    /// Its entries.
-    pub size: u16,
-    /// The core that serves it.
-    pub core: Option<u32>,
-    /// The core that works on the device for it: another one where the bdev has fewer queues than there are reactors.
-    pub device_core: Option<u32>,
-    /// Its figures.
-    pub status: Arc<QueueStatus>,
-    /// How long its oldest request has been with the device, nanoseconds, as of the last check.
-    pub oldest_age_ns: Option<u64>,
-    /// Times that its oldest request was found older than 30 s.
-    pub stuck_count: u64,
 }
 
 struct Connected {
@@ -583,6 +514,16 @@ impl Controller {
                     connected.front.on_pinned(result);
                 }
             }
+            EventKind::Mapped { vid, operation, result } => {
+                if let Some(connected) = self.sessions.get_mut(&vid) {
+                    connected.front.on_mapped(operation, result);
+                }
+            }
+            EventKind::Unmapped { vid, operation } => {
+                if let Some(connected) = self.sessions.get_mut(&vid) {
+                    connected.front.on_unmapped(operation);
+                }
+            }
             EventKind::Leftover(leftover) => drop(leftover),
             EventKind::Age { vid, index, age_ns } => self.on_age(vid, index, age_ns),
             EventKind::Bdev(BdevEvent::Resized { blocks_count }) => {
@@ -657,15 +598,19 @@ impl Controller {
 
     /// Takes every front-end as far as it goes, then hands the right to run to the next one.
     fn settle(&mut self) {
-        let mut gone = Vec::new();
-        let vids: Vec<u64> = self.sessions.keys().copied().collect();
-        for &vid in &vids {
-            self.settle_one(vid, &mut gone);
+        loop {
+            let mut gone = Vec::new();
+            let vids: Vec<u64> = self.sessions.keys().copied().collect();
+            for &vid in &vids {
+                self.settle_one(vid, &mut gone);
+            }
+            for vid in gone {
+                self.sessions.remove(&vid);
+            }
+            if !self.hand_over() {
+                break;
+            }
         }
-        for vid in gone {
-            self.sessions.remove(&vid);
-        }
-        self.hand_over();
         let all_lost = self.losing_bdev && self.sessions.values().all(|c| c.front.has_lost_bdev());
         if self.state == ControllerState::Draining && self.sessions.is_empty() {
             self.bdev = None;
@@ -698,14 +643,23 @@ impl Controller {
                     gone.push(vid);
                     return;
                 }
-                Turn::Complete(completion) => {
-                    let Connected { session: Some(session), front } = connected else { continue };
-                    if let Err(error) = session.complete(front, Ok(completion)) {
-                        tracing::warn!(controller = %self.spec.name, session = vid, "front-end sent away: {error}");
-                        self.end_session(vid);
-                    }
+                Turn::Complete(completion) => self.complete(vid, Ok(completion)),
+                Turn::Refuse(reason) => self.complete(vid, Err(reason.into())),
+                Turn::SendAway(reason) => {
+                    tracing::warn!(controller = %self.spec.name, session = vid, "front-end sent away: {reason}");
+                    self.end_session(vid);
                 }
             }
+        }
+    }
+
+    /// Answers a front-end's message, if it is still there.
+    fn complete(&mut self, vid: u64, result: Result<Completion, Refusal>) {
+        let Some(connected) = self.sessions.get_mut(&vid) else { return };
+        let Connected { session: Some(session), front } = connected else { return };
+        if let Err(error) = session.complete(front, result) {
+            tracing::warn!(controller = %self.spec.name, session = vid, "front-end sent away: {error}");
+            self.end_session(vid);
         }
     }
 
@@ -766,18 +720,29 @@ impl Controller {
         }
     }
 
-    /// One front-end's rings run at a time; the oldest one that wants to is next.
-    fn hand_over(&mut self) {
+    /// One front-end's rings run at a time; the oldest one that wants to is next. True when an operation is to be begun.
+    fn hand_over(&mut self) -> bool {
         if let Some(running) = self.sessions.values_mut().find(|c| c.front.is_active()) {
             if running.front.is_busy() || running.front.has_rings() {
-                return;
+                return false;
             }
             running.front.deactivate();
         }
-        if let Some(next) =
-            self.sessions.values_mut().find(|c| c.session.is_some() && c.front.has_rings())
-        {
-            next.front.activate();
+        let wants = |c: &Connected| c.session.is_some() && c.front.has_rings();
+        let Some(next) = self.sessions.iter().find(|(_, c)| wants(c)).map(|(&vid, _)| vid) else {
+            return false;
+        };
+        // A guest's memory that a device reaches is pinned: that of one at a time.
+        let (mut waits, mut begins) = (false, false);
+        for (_, other) in self.sessions.iter_mut().filter(|(vid, _)| **vid != next) {
+            if other.front.holds_memory() {
+                waits = true;
+                begins |= other.front.let_go();
+            }
+        }
+        match self.sessions.get_mut(&next) {
+            Some(next) if !waits => next.front.activate(),
+            _ => begins,
         }
     }
 }

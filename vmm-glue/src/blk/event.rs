@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 
 use ringmill_core::bdev::BdevEvent;
-use ringmill_core::mem::PinError;
+use ringmill_core::mem::{MemTable, PinError};
 use ringmill_core::reactor::Poller;
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -82,6 +82,22 @@ pub(super) enum EventKind {
         vid: u64,
         /// The refusal.
         result: Result<(), PinError>,
+    },
+    /// A device reaches all of a table's memory, or cannot.
+    Mapped {
+        /// The session.
+        vid: u64,
+        /// The operation.
+        operation: u64,
+        /// The table, or why it cannot.
+        result: Result<MemTable, String>,
+    },
+    /// What a session's device no longer has to reach is unmapped.
+    Unmapped {
+        /// The session.
+        vid: u64,
+        /// The operation.
+        operation: u64,
     },
     /// The bdev below changed.
     Bdev(BdevEvent),

@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use ringmill_core::IoStatus;
 use ringmill_core::bdev::{Bdev, InstantChannel};
@@ -24,13 +25,14 @@ use super::event::{EventKind, Leftover};
 use super::format::{self, with_worker};
 use super::{NoTracking, WorkerControl, WorkerParts, config, device_features};
 
+mod memory;
 mod moving;
+mod operation;
 mod pinning;
 mod shared;
 
-use moving::{Move, Transit};
-
-use pinning::add_region;
+use moving::Transit;
+use operation::{Kind, Operation, Phase};
 
 pub use pinning::PinView;
 pub(super) use shared::Shared;
@@ -52,45 +54,6 @@ impl RunningRing {
     }
 }
 
-/// What an operation does with its rings.
-enum Kind {
-    /// SET_MEM_TABLE, REM_MEM_REG: nothing may be in flight while regions go.
-    ReplaceMemory(Arc<MemTable>),
-    /// ADD_MEM_REG.
-    AddMemory(Arc<MemTable>),
-    /// SET_VRING_ENABLE.
-    Enable(u16, bool),
-    /// GET_VRING_BASE.
-    Stop(u16),
-    /// RESET_DEVICE.
-    Reset,
-    /// The front-end is gone, or is sent away.
-    Close,
-    /// The bdev is being removed.
-    LoseBdev,
-    /// Queues go to other reactors.
-    Move(Move),
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    Quiesce,
-    Apply,
-    /// Only of a move: what was taken goes to its new reactor.
-    Place,
-}
-
-struct Operation {
-    number: u64,
-    kind: Kind,
-    phase: Phase,
-    /// Rings that have not answered yet.
-    waiting: usize,
-    base: u32,
-    /// The rings that the operation has quiesced; only they take part in what follows.
-    quiesced: Vec<PollerId>,
-}
-
 /// What the owner has to do after a step.
 #[must_use]
 #[derive(Debug, PartialEq, Eq)]
@@ -99,6 +62,10 @@ pub(super) enum Turn {
     Nothing,
     /// Tell the session that its operation is done.
     Complete(Completion),
+    /// Tell it that nothing has changed, and why.
+    Refuse(String),
+    /// The front-end cannot be served: end its session.
+    SendAway(String),
     /// The front-end has no rings and no operations any more: drop it.
     Closed,
     /// Its rings have let go of the bdev.
@@ -115,6 +82,12 @@ pub(super) struct FrontEnd {
     bdev: Option<Arc<dyn Bdev>>,
     lost_bdev: bool,
     mem: Arc<MemTable>,
+    /// The bdev moves data by itself, in memory that it was given.
+    has_domain: bool,
+    /// Cleared when nobody needs any more what a thread is mapping.
+    mapping_wanted: Arc<AtomicBool>,
+    /// Times that the device could not be given memory.
+    unmappable_count: u32,
     features: u64,
     pub(super) rings: Vec<Option<Box<RunningRing>>>,
     /// True while this front-end's rings may run (one at a time per controller).
@@ -139,8 +112,11 @@ impl FrontEnd {
             vid,
             shared,
             lost_bdev: bdev.is_none(),
+            has_domain: bdev.as_ref().is_some_and(|bdev| bdev.dma().is_some()),
             bdev,
             mem: Arc::new(MemTable::new()),
+            mapping_wanted: Arc::default(),
+            unmappable_count: 0,
             features: 0,
             rings,
             active: false,
@@ -168,10 +144,22 @@ impl FrontEnd {
         self.active
     }
 
-    /// Lets this front-end's rings run; those that wait start now.
-    pub(super) fn activate(&mut self) {
+    /// Lets this front-end's rings run: those that wait start as soon as the device reaches their memory. True when
+    /// that is an operation, which [`FrontEnd::advance`] begins.
+    #[must_use]
+    pub(super) fn activate(&mut self) -> bool {
         self.active = true;
         self.apply_cache_mode();
+        let has_to_map = !self.is_reachable();
+        if has_to_map {
+            self.begin(Kind::MapMemory);
+        } else {
+            self.start_rings();
+        }
+        has_to_map
+    }
+
+    fn start_rings(&mut self) {
         self.pin_memory();
         for index in 0..self.shared.queues_max {
             self.launch(index);
@@ -198,7 +186,7 @@ impl FrontEnd {
     /// Puts a started ring on its reactor.
     fn launch(&mut self, index: u16) {
         let Some(ring) = &self.rings[usize::from(index)] else { return };
-        if !self.active || ring.poller.is_some() || ring.transit.is_some() {
+        if !self.active || ring.poller.is_some() || ring.transit.is_some() || !self.is_reachable() {
             return;
         }
         let Some(status) = self.shared.status(index) else { return };
@@ -255,9 +243,14 @@ impl FrontEnd {
 
     /// Sends the front-end away: drains and removes its rings.
     pub(super) fn close(&mut self) {
-        if !self.queued.iter().any(|k| matches!(k, Kind::Close)) {
+        self.mapping_wanted.store(false, Ordering::Relaxed);
+        if !self.is_closing() {
             self.begin(Kind::Close);
         }
+    }
+
+    fn is_closing(&self) -> bool {
+        self.queued.iter().any(|kind| matches!(kind, Kind::Close))
     }
 
     /// The bdev goes: after this the rings answer every request with an error.
@@ -283,44 +276,24 @@ impl FrontEnd {
             if self.current.as_ref().is_some_and(|c| c.waiting > 0) {
                 return Turn::Nothing;
             }
-            match self.current.take() {
+            let mut operation = match self.current.take() {
+                Some(operation) => operation,
                 None => {
-                    let Some(mut kind) = self.queued.pop_front() else {
-                        return Turn::Nothing;
-                    };
-                    if let Kind::Move(a_move) = &mut kind {
-                        self.prepare_move(a_move);
+                    let Some(kind) = self.queued.pop_front() else { return Turn::Nothing };
+                    self.prepare(kind)
+                }
+            };
+            match operation.next_phase() {
+                Some(phase) => {
+                    self.current = Some(operation);
+                    match phase {
+                        Phase::Map => self.map(),
+                        Phase::Quiesce | Phase::Apply => self.broadcast(),
+                        Phase::Place => self.place_all(),
+                        Phase::Unmap => self.unmap(),
                     }
-                    self.operations_count += 1;
-                    let phase = match kind {
-                        Kind::AddMemory(_) | Kind::Enable(..) => Phase::Apply,
-                        _ => Phase::Quiesce,
-                    };
-                    let operation = Operation {
-                        number: self.operations_count,
-                        kind,
-                        phase,
-                        waiting: 0,
-                        base: 0,
-                        quiesced: Vec::new(),
-                    };
-                    self.current = Some(operation);
-                    self.broadcast();
                 }
-                Some(mut operation) if operation.phase == Phase::Quiesce => {
-                    operation.phase = Phase::Apply;
-                    self.current = Some(operation);
-                    self.broadcast();
-                }
-                Some(mut operation)
-                    if operation.phase == Phase::Apply
-                        && matches!(operation.kind, Kind::Move(_)) =>
-                {
-                    operation.phase = Phase::Place;
-                    self.current = Some(operation);
-                    self.place_all();
-                }
-                Some(operation) => {
+                None => {
                     let turn = self.finish(operation);
                     if turn != Turn::Nothing {
                         return turn;
@@ -328,6 +301,14 @@ impl FrontEnd {
                 }
             }
         }
+    }
+
+    fn prepare(&mut self, mut kind: Kind) -> Operation {
+        if let Kind::Move(a_move) = &mut kind {
+            self.prepare_move(a_move);
+        }
+        self.operations_count += 1;
+        Operation::new(self.operations_count, kind)
     }
 
     /// Sends the current phase of the current operation to its rings. A ring whose reactor does not take the message now
@@ -434,13 +415,23 @@ impl FrontEnd {
             }),
             (_, Some(Kind::LoseBdev)) => {
                 let gone = Box::new(InstantChannel::new(IoStatus::Gone));
+                let bare = self.mem.has_dma().then(|| Arc::new(self.mem.without_dma()));
+                let bare = bare.map(|mem| (format::windows(&mem, start), mem));
                 Box::new(move |reactor: &mut Reactor| {
-                    let old = with_worker(reactor, id, |worker, cx| worker.resume(cx, Some(gone)));
-                    step(None, old.flatten().map(|old| Box::new(old) as Leftover));
+                    let old = with_worker(reactor, id, |worker, cx| {
+                        let memory = bare.map(|(windows, mem)| worker.set_memory(mem, windows));
+                        (worker.resume(cx, Some(gone)), memory)
+                    });
+                    step(None, old.map(|old| Box::new(old) as Leftover));
                 })
             }
             (_, Some(Kind::Move(_))) => self.take_message(index, id, operation),
-            (_, kind @ (Some(Kind::Stop(_) | Kind::Reset | Kind::Close) | None)) => {
+            (
+                _,
+                kind @ (Some(Kind::Stop(_) | Kind::Reset | Kind::Close)
+                | Some(Kind::MapMemory | Kind::UnmapMemory)
+                | None),
+            ) => {
                 let is_farewell = matches!(kind, Some(Kind::Close));
                 Box::new(move |reactor: &mut Reactor| {
                     let base = with_worker(reactor, id, |worker, _| {
@@ -475,18 +466,29 @@ impl FrontEnd {
     }
 
     fn finish(&mut self, operation: Operation) -> Turn {
-        match operation.kind {
-            Kind::ReplaceMemory(mem) | Kind::AddMemory(mem) => {
+        match (operation.kind, operation.problem) {
+            (Kind::ReplaceMemory(_) | Kind::AddMemory(_), Some(problem)) => Turn::Refuse(problem),
+            (Kind::ReplaceMemory(mem) | Kind::AddMemory(mem), None) => {
                 self.mem = mem;
                 self.memory_changed();
                 Turn::Complete(Completion::Done)
+            }
+            (Kind::MapMemory, problem) => self.mapped_or_not(problem),
+            (kind, _) => self.finish_other(kind, operation.base),
+        }
+    }
+
+    fn finish_other(&mut self, kind: Kind, base: u32) -> Turn {
+        match kind {
+            Kind::ReplaceMemory(_) | Kind::AddMemory(_) | Kind::MapMemory | Kind::UnmapMemory => {
+                Turn::Nothing
             }
             Kind::Enable(..) => Turn::Complete(Completion::Done),
             Kind::Stop(index) => {
                 // A ring that never reached a reactor stops where it would have begun.
                 let base = match self.rings[usize::from(index)].take() {
                     Some(ring) => ring.start.base,
-                    None => operation.base,
+                    None => base,
                 };
                 Turn::Complete(Completion::Stopped { base })
             }
@@ -553,14 +555,6 @@ impl FrontEnd {
             }
         }
     }
-
-    fn build_memory(&self, regions: Vec<RegionDesc>) -> Result<Arc<MemTable>, Refusal> {
-        let mut table = MemTable::new();
-        for region in regions {
-            add_region(&mut table, &region, self.shared.pin)?;
-        }
-        Ok(Arc::new(table))
-    }
 }
 
 impl Backend for FrontEnd {
@@ -612,25 +606,13 @@ impl Backend for FrontEnd {
 
     fn set_mem_table(&mut self, regions: Vec<RegionDesc>) -> Result<Progress, Refusal> {
         let table = self.build_memory(regions)?;
-        if !self.is_busy() {
-            self.mem = table;
-            self.memory_changed();
-            return Ok(Progress::Done);
-        }
-        self.begin(Kind::ReplaceMemory(table));
-        Ok(Progress::Pending)
+        Ok(self.change_memory(table, Kind::ReplaceMemory))
     }
 
     fn add_mem_region(&mut self, region: RegionDesc) -> Result<Progress, Refusal> {
         let mut table = MemTable::clone(&self.mem);
-        add_region(&mut table, &region, self.shared.pin)?;
-        if !self.is_busy() {
-            self.mem = Arc::new(table);
-            self.memory_changed();
-            return Ok(Progress::Done);
-        }
-        self.begin(Kind::AddMemory(Arc::new(table)));
-        Ok(Progress::Pending)
+        self.add_region(&mut table, &region)?;
+        Ok(self.change_memory(table, Kind::AddMemory))
     }
 
     fn remove_mem_region(
@@ -646,13 +628,7 @@ impl Backend for FrontEnd {
             )
             .into());
         }
-        if !self.is_busy() {
-            self.mem = Arc::new(table);
-            self.memory_changed();
-            return Ok(Progress::Done);
-        }
-        self.begin(Kind::ReplaceMemory(Arc::new(table)));
-        Ok(Progress::Pending)
+        Ok(self.change_memory(table, Kind::ReplaceMemory))
     }
 
     fn start_ring(&mut self, index: u16, ring: RingStart) -> Result<(), Refusal> {
@@ -699,7 +675,8 @@ impl Backend for FrontEnd {
     fn enable_ring(&mut self, index: u16, enabled: bool) -> Result<Progress, Refusal> {
         let Some(ring) = &mut self.rings[usize::from(index)] else { return Ok(Progress::Done) };
         ring.start.enabled = enabled;
-        if ring.poller.is_none() && self.current.is_none() {
+        let has_poller = ring.poller.is_some();
+        if !has_poller && (self.current.is_none() || self.only_maps()) {
             return Ok(Progress::Done);
         }
         self.begin(Kind::Enable(index, enabled));
@@ -707,7 +684,7 @@ impl Backend for FrontEnd {
     }
 
     fn stop_ring(&mut self, index: u16) -> Result<StopProgress, Refusal> {
-        if !self.is_busy() {
+        if !self.is_busy() || self.only_maps() {
             let base = self.rings[usize::from(index)].take().map_or(0, |ring| ring.start.base);
             return Ok(StopProgress::Done { base });
         }
@@ -716,7 +693,7 @@ impl Backend for FrontEnd {
     }
 
     fn reset_device(&mut self) -> Result<Progress, Refusal> {
-        if !self.is_busy() {
+        if !self.is_busy() || self.only_maps() {
             self.forget_driver();
             self.rings.iter_mut().for_each(|ring| *ring = None);
             return Ok(Progress::Done);

@@ -16,7 +16,8 @@ use ringmill_core::reactor::{
 use super::super::event::EventKind;
 use super::super::format::{control, with_worker};
 use super::super::{PlaceError, WorkerControl};
-use super::{FrontEnd, Kind, Phase};
+use super::FrontEnd;
+use super::operation::{Kind, Phase};
 
 /// How long a reactor may take to take a queue in.
 const PATIENCE: Duration = Duration::from_secs(2);

@@ -6,12 +6,11 @@
 
 use std::sync::{Arc, Weak};
 
-use ringmill_core::mem::{Mapping, MemTable, Pin, PinError, PinState, RegionSpec, register_pins};
-
-use crate::vhost_user::{Refusal, RegionDesc};
+use ringmill_core::mem::{Pin, PinError, PinState, register_pins};
 
 use super::super::event::EventKind;
-use super::{FrontEnd, Kind};
+use super::FrontEnd;
+use super::operation::Kind;
 
 /// Whether a front-end's memory is pinned.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,15 +26,24 @@ pub enum PinView {
 }
 
 impl FrontEnd {
+    /// Registered buffers are of use to the kernel only; memory that a device reaches is pinned anyway.
+    pub(super) fn registers_memory(&self) -> bool {
+        self.shared.pin && !self.has_domain
+    }
+
     /// What status output shows.
     pub(in super::super) fn pin_view(&self) -> PinView {
+        let regions = self.mem.regions();
+        if self.has_domain {
+            let all_on = !regions.is_empty() && !self.mem.lacks_dma();
+            return if all_on { PinView::On } else { PinView::Pinning };
+        }
         if !self.shared.pin {
             return PinView::Off;
         }
         if let Some(reason) = &self.unpinned {
             return PinView::Refused(reason.clone());
         }
-        let regions = self.mem.regions();
         let all_on = regions.iter().all(|region| region.pin().is_some_and(|pin| pin.is_on()));
         if all_on && !regions.is_empty() { PinView::On } else { PinView::Pinning }
     }
@@ -43,7 +51,7 @@ impl FrontEnd {
     /// Registers what is new, on a thread of its own. A front-end whose rings may not run yet pins nothing: eight of them may
     /// be connected, and only one works.
     pub(super) fn pin_memory(&mut self) {
-        if !self.shared.pin || !self.active {
+        if !self.registers_memory() || !self.active {
             return;
         }
         if self.mem.regions().iter().any(|region| region.pin().is_none()) {
@@ -113,21 +121,4 @@ impl FrontEnd {
             self.unpinned = Some(reason);
         }
     }
-}
-
-/// Maps a region and adds it to a table; with slots for registered buffers where it is to be pinned.
-pub(super) fn add_region(
-    table: &mut MemTable,
-    region: &RegionDesc,
-    pin: bool,
-) -> Result<(), Refusal> {
-    let mapping = Arc::new(Mapping::foreign(&region.fd, region.mmap_offset, region.len_bytes)?);
-    let spec = RegionSpec {
-        guest_addr: region.guest_addr,
-        len_bytes: region.len_bytes,
-        user_addr: region.user_addr.0,
-    };
-    let added = if pin { table.add_to_pin(spec, mapping) } else { table.add(spec, mapping) };
-    added?;
-    Ok(())
 }

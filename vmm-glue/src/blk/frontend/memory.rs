@@ -1,0 +1,223 @@
+//! A guest's memory: how its table is built, and who reaches it where the bdev moves data by itself.
+//!
+//! Flow: a message describes memory → a table → a thread maps what is new of it into the device's domain → the table goes to
+//! the workers → when the last of them has given the old one back, a thread unmaps what is gone. Owner: the control thread.
+//! **Invariant:** a ring runs only in memory that the device reaches, and what a request in flight may touch stays mapped;
+//! memory is mapped for one front-end of a controller at a time, as that pins it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use ringmill_core::mem::{DmaDomain, Mapping, MemTable, Region, RegionSpec};
+
+use crate::vhost_user::{Progress, Refusal, RegionDesc};
+
+use super::super::event::EventKind;
+use super::operation::{Kind, Phase};
+use super::{FrontEnd, Turn};
+
+/// Refusals of one front-end that are logged: it may try as often as it likes.
+const UNMAPPABLE_LOGGED_MAX: u32 = 8;
+
+impl FrontEnd {
+    /// Where the guest's memory has to be mapped now; `None` where nobody needs that, or nobody may run.
+    fn domain(&self) -> Option<Arc<dyn DmaDomain>> {
+        let bdev = self.bdev.as_ref().filter(|_| self.active)?;
+        bdev.dma()
+    }
+
+    /// True when rings may run as far as memory is concerned.
+    pub(super) fn is_reachable(&self) -> bool {
+        !self.mem.lacks_dma() || self.domain().is_none()
+    }
+
+    /// True while memory is, or may be, pinned for this front-end.
+    pub(in crate::blk) fn holds_memory(&self) -> bool {
+        let maps = |phase| matches!(phase, Phase::Map | Phase::Unmap);
+        self.mem.has_dma() || self.current.as_ref().is_some_and(|current| maps(current.phase))
+    }
+
+    /// Has memory unmapped that no ring needs. True when that is a new operation, which [`FrontEnd::advance`] begins.
+    #[must_use]
+    pub(in crate::blk) fn let_go(&mut self) -> bool {
+        let lets_go = |kind: &Kind| matches!(kind, Kind::UnmapMemory | Kind::Close);
+        let current = self.current.as_ref().map(|current| &current.kind);
+        let is_new = !current.into_iter().chain(&self.queued).any(lets_go);
+        if is_new {
+            self.begin(Kind::UnmapMemory);
+        }
+        is_new
+    }
+
+    /// True while memory is mapped for rings that are on no reactor yet, and nothing else is under way.
+    pub(super) fn only_maps(&self) -> bool {
+        let maps = |kind: &Kind| matches!(kind, Kind::MapMemory);
+        self.current.as_ref().is_some_and(|current| maps(&current.kind)) && self.queued.is_empty()
+    }
+
+    /// The table of a SET_MEM_TABLE. Front-ends describe all memory again when some of it changes: what a device reaches
+    /// already is not mapped, and not pinned, a second time.
+    pub(super) fn build_memory(&self, regions: Vec<RegionDesc>) -> Result<MemTable, Refusal> {
+        let mut table = MemTable::after(&self.mem);
+        for region in regions {
+            match self.known_region(&region) {
+                Some(known) => table.keep(known)?,
+                None => self.add_region(&mut table, &region)?,
+            }
+        }
+        Ok(table)
+    }
+
+    fn known_region(&self, region: &RegionDesc) -> Option<&Region> {
+        let is_it = |known: &&Region| {
+            known.spec() == spec(region)
+                && known.mapping().is_of(&region.fd, region.mmap_offset, region.len_bytes)
+        };
+        self.mem.regions().iter().filter(|_| self.has_domain).find(is_it)
+    }
+
+    /// Maps a region into this process and adds it to a table; with slots for registered buffers where it is to be pinned.
+    pub(super) fn add_region(
+        &self,
+        table: &mut MemTable,
+        region: &RegionDesc,
+    ) -> Result<(), Refusal> {
+        let mapping = Mapping::foreign(&region.fd, region.mmap_offset, region.len_bytes)?;
+        let (spec, mapping) = (spec(region), Arc::new(mapping));
+        match self.registers_memory() {
+            true => table.add_to_pin(spec, mapping)?,
+            false => table.add(spec, mapping)?,
+        };
+        Ok(())
+    }
+
+    /// Another table is to be in force: at once where neither a ring nor the device knows the present one.
+    pub(super) fn change_memory(
+        &mut self,
+        table: MemTable,
+        kind: fn(Arc<MemTable>) -> Kind,
+    ) -> Progress {
+        let table = Arc::new(table);
+        if self.is_busy() || self.mem.has_dma() || self.domain().is_some() {
+            self.begin(kind(table));
+            return Progress::Pending;
+        }
+        self.mem = table;
+        self.memory_changed();
+        Progress::Done
+    }
+
+    /// The phase in which the device is made to reach what it does not of the operation's table.
+    pub(super) fn map(&mut self) {
+        let domain = self.domain();
+        let Some(operation) = &mut self.current else { return };
+        let wanted = match &operation.kind {
+            Kind::ReplaceMemory(mem) | Kind::AddMemory(mem) => mem,
+            _ => &self.mem,
+        };
+        let mut table = MemTable::clone(wanted);
+        table.share_dma(&self.mem);
+        let Some(domain) = domain.filter(|_| table.lacks_dma()) else {
+            return self.set_mapped(table);
+        };
+        operation.waiting = 1;
+        let (vid, number) = (self.vid, operation.number);
+        let (controller, events) = (self.shared.number, self.shared.events.clone());
+        let still = Arc::new(AtomicBool::new(true));
+        self.mapping_wanted = Arc::clone(&still);
+        let job = move || {
+            // After a refusal the table, and with it what was mapped so far, goes here.
+            let result = match table.map_into(&domain, || still.load(Ordering::Relaxed)) {
+                Ok(true) => Ok(table),
+                Ok(false) => Err("nobody needs it any more".to_owned()),
+                Err(error) => Err(error.to_string()),
+            };
+            events.send(controller, EventKind::Mapped { vid, operation: number, result });
+        };
+        if let Err(error) = std::thread::Builder::new().name("map-memory".to_owned()).spawn(job) {
+            self.on_mapped(number, Err(format!("no thread to map memory: {error}")));
+        }
+    }
+
+    /// The operation goes on with this table.
+    fn set_mapped(&mut self, table: MemTable) {
+        match self.current.as_mut().map(|current| &mut current.kind) {
+            Some(Kind::ReplaceMemory(mem) | Kind::AddMemory(mem)) => *mem = Arc::new(table),
+            _ => self.mem = Arc::new(table),
+        }
+    }
+
+    /// The thread is done.
+    pub(in crate::blk) fn on_mapped(&mut self, number: u64, result: Result<MemTable, String>) {
+        let Some(current) = self.current.as_mut().filter(|c| c.number == number) else { return };
+        current.waiting = 0;
+        match result {
+            Ok(table) => self.set_mapped(table),
+            // Without a bdev requests end with errors, wherever their data lies.
+            Err(_) if self.bdev.is_none() => {}
+            Err(problem) => {
+                let says_so = matches!(current.kind, Kind::MapMemory);
+                self.unmappable_count += 1;
+                if !says_so && self.unmappable_count <= UNMAPPABLE_LOGGED_MAX {
+                    tracing::error!(
+                        controller = %self.shared.name, session = self.vid,
+                        "memory of the guest is refused: {problem}"
+                    );
+                }
+                current.problem = Some(problem);
+            }
+        }
+    }
+
+    /// What follows after memory was mapped for rings that wait.
+    pub(super) fn mapped_or_not(&mut self, problem: Option<String>) -> Turn {
+        match problem {
+            Some(_) if self.is_closing() => Turn::Nothing,
+            Some(problem) => Turn::SendAway(problem),
+            None => {
+                self.start_rings();
+                Turn::Nothing
+            }
+        }
+    }
+
+    /// The phase in which the device is kept from what it reached: no ring can name it any more.
+    pub(super) fn unmap(&mut self) {
+        let Some(operation) = &mut self.current else { return };
+        let new = match &operation.kind {
+            Kind::ReplaceMemory(mem) => Arc::clone(mem),
+            Kind::Close => Arc::new(MemTable::new()),
+            _ => Arc::new(self.mem.without_dma()),
+        };
+        let old = std::mem::replace(&mut self.mem, new);
+        if !old.has_dma_beyond(&self.mem) {
+            return;
+        }
+        operation.waiting = 1;
+        let (vid, operation) = (self.vid, operation.number);
+        let (controller, events) = (self.shared.number, self.shared.events.clone());
+        let job = move || {
+            drop(old);
+            events.send(controller, EventKind::Unmapped { vid, operation });
+        };
+        if std::thread::Builder::new().name("unmap-memory".to_owned()).spawn(job).is_err() {
+            // The job went unrun, and the memory with it.
+            self.on_unmapped(operation);
+        }
+    }
+
+    /// The thread is done.
+    pub(in crate::blk) fn on_unmapped(&mut self, number: u64) {
+        if let Some(current) = self.current.as_mut().filter(|c| c.number == number) {
+            current.waiting = 0;
+        }
+    }
+}
+
+fn spec(region: &RegionDesc) -> RegionSpec {
+    RegionSpec {
+        guest_addr: region.guest_addr,
+        len_bytes: region.len_bytes,
+        user_addr: region.user_addr.0,
+    }
+}
