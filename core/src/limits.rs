@@ -187,6 +187,26 @@ pub const NVME_QUEUE_ENTRIES_MAX: u16 = 1024;
 
 /// Namespaces of one NVMe controller that become disks.
 pub const NVME_NAMESPACES_MAX: usize = 256;
+/// Data of one NVMe command: what a page of PRP entries names wherever the data starts.
+pub const NVME_TRANSFER_BYTES_MAX: u32 = 2 << 20;
+
+/// Commands of one NVMe pair that each channel on it is guaranteed, where the rings are large enough.
+pub const NVME_ROOM_MIN: usize = 16;
+
+/// Times that one NVMe command is sent again, after errors that pass and after resets together.
+pub const NVME_RETRIES_MAX: u8 = 4;
+
+/// The pause before the first of these, nanoseconds; each further one is four times as long: 10 ms to 0.64 s.
+pub const NVME_RETRY_PAUSE_NS: u64 = 10_000_000;
+
+/// Looks at a pair's commands per deadline: a command is reported when it is late by at most an eighth.
+pub const NVME_LOOKS_PER_DEADLINE: u64 = 8;
+
+/// Commands of a pair that one pass looks at for that: about a microsecond.
+pub const NVME_LOOK_COMMANDS: usize = 64;
+
+/// Completions that may wait to be acknowledged by a doorbell, if they are also no more than a quarter of the ring.
+pub const NVME_CQ_LAZY_ENTRIES: u16 = 32;
 
 const _: () = assert!(CROSS_SLOTS.is_power_of_two() && CROSS_SLOTS as usize >= BATCH_REQUESTS_MAX);
 const _: () = assert!(CROSS_SLOTS as usize <= QUEUE_INFLIGHT_MAX);

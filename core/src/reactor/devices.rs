@@ -19,8 +19,9 @@ pub trait DeviceQueue: Any + Send {
     /// True when work is there, or when it has requests out and cannot interrupt: the reactor stays awake.
     fn prepare_sleep(&mut self, ring: &mut Ring) -> bool;
 
-    /// Called after every [`DeviceQueue::prepare_sleep`], slept or not: interrupts are no longer wanted.
-    fn wake(&mut self, ring: &mut Ring);
+    /// Called after every [`DeviceQueue::prepare_sleep`], slept or not: interrupts are no longer wanted. `now_ns` is for what
+    /// the next pass starts, before its own commit.
+    fn wake(&mut self, ring: &mut Ring, now_ns: u64);
 }
 
 /// Names a device over the life of the process.
@@ -112,9 +113,9 @@ impl DeviceQueues {
 
     /// [`DeviceQueue::wake`] of all.
     #[cold]
-    pub fn wake(&mut self, ring: &mut Ring) {
+    pub fn wake(&mut self, ring: &mut Ring, now_ns: u64) {
         for queue in self.all() {
-            queue.wake(ring);
+            queue.wake(ring, now_ns);
         }
     }
 }

@@ -176,8 +176,9 @@ impl Link {
 
     /// Raises INTx, once until it is unmasked or bound again.
     pub(super) fn raise_level(&self) {
-        if !self.level_is_masked.load(Ordering::Acquire) && self.raise(0) {
-            self.level_is_masked.store(true, Ordering::Release);
+        // Masked before it is raised: whoever handles it unmasks at once.
+        if !self.level_is_masked.swap(true, Ordering::AcqRel) && !self.raise(0) {
+            self.level_is_masked.store(false, Ordering::Release);
         }
     }
 

@@ -7,6 +7,7 @@
 
 #[allow(dead_code, reason = "as below")]
 mod admin;
+mod channel;
 #[allow(dead_code, reason = "as below")]
 mod controller;
 mod error;
@@ -14,18 +15,29 @@ mod error;
 mod identify;
 #[allow(dead_code, reason = "as below")]
 mod inquiry;
+mod job;
+mod list;
 mod options;
-#[allow(dead_code, reason = "as below")]
 mod parts;
+mod prp;
+mod qpair;
 #[allow(dead_code, reason = "as below")]
 mod queues;
 #[allow(dead_code, reason = "as below")]
 mod quirks;
+mod recover;
 #[allow(dead_code, reason = "the controller's thread, which comes next, uses it")]
 mod registers;
 mod report;
-#[allow(dead_code, reason = "the queue pair, which comes next, uses the reactor's side")]
+mod rings;
+mod sgl;
 mod shared;
+mod sleep;
+mod slots;
+mod split;
+mod status;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::sync::Arc;
@@ -35,12 +47,14 @@ use ringmill_core::reactor::ReactorHandle;
 
 use crate::pci::PciBacking;
 
+pub use channel::NvmeChannel;
 pub use error::NvmeError;
 pub use options::{ActionOnTimeout, NvmeOptions};
 pub use parts::{
     BindVector, DiscardLimits, Interrupts, NamespaceShape, QueueMemory, QueueMemoryError,
     QueuePairParts, ShadowDoorbells, WriteZeroesLimits,
 };
+pub use qpair::QueuePair;
 pub use report::{ControllerInfo, ControllerState, Counters, Health, NamespaceInfo};
 pub use shared::{FailReason, Order, Overdue, QueueCounters, QueueShared, Trouble};
 
