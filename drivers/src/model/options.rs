@@ -99,7 +99,7 @@ pub struct ModelOptions {
     /// Host address to IOVA. Not zero, so that a driver that confuses them fails.
     pub iova_offset: IovaOffset,
     /// A seed for lies (see `LyingBacking`).
-    pub(super) lies: Option<Vec<u8>>,
+    pub lies: Option<Vec<u8>>,
 }
 
 impl Default for ModelOptions {

@@ -82,7 +82,7 @@ fn a_cid_that_is_not_out_is_not_believed() {
         // Nothing that comes behind it counts, either.
         let third = rig.device.fetched.pop_front().unwrap();
         rig.device.answer(third);
-        assert_eq!(rig.tags(0), [0u32; 0], "forgery {number}");
+        assert!(rig.tags(0).is_empty(), "forgery {number}");
         assert_eq!(rig.shared.trouble(), Some(Trouble::StrangeCid), "forgery {number}");
         assert_eq!(rig.shared.counters().strange, 1);
         assert!(!rig.read(0, 5), "a pair in trouble takes nothing");
