@@ -177,18 +177,18 @@ impl ModelControl {
     pub fn set_health(&self, critical_warning: u8, temperature_kelvin: u16) {
         self.call(move |machine| {
             let page = &mut machine.admin.health;
-            let is_new = critical_warning & !page[health::CRITICAL_WARNING] != 0;
+            let new_warnings = critical_warning & !page[health::CRITICAL_WARNING];
             page[health::CRITICAL_WARNING] = critical_warning;
             let at = health::TEMPERATURE;
             page[at..at + 2].copy_from_slice(&temperature_kelvin.to_le_bytes());
-            if is_new {
+            if new_warnings != 0 {
                 // Information: 0 reliability, 1 temperature, 2 spare.
-                let info = match critical_warning.trailing_zeros() {
+                let info = match new_warnings.trailing_zeros() {
                     0 => 2,
                     1 => 1,
                     _ => 0,
                 };
-                let enabled_by = u32::from(critical_warning);
+                let enabled_by = u32::from(new_warnings);
                 machine.tell_event(event::HEALTH, info, log::HEALTH, enabled_by);
             }
         });

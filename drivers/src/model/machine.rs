@@ -486,9 +486,10 @@ impl Machine {
         if head == cq.head {
             return;
         }
-        let taken = (head + cq.size).wrapping_sub(cq.head) % cq.size;
-        if head >= cq.size || taken > cq.posted() {
-            let (size, was) = (cq.size, cq.head);
+        let (size, was) = (cq.size, cq.head);
+        if head >= size || (head + size - was) % size > cq.posted() {
+            // Not to be seen again.
+            self.link.bar.store_u32(cq.doorbell, was, Ordering::Release);
             self.link.counters.protocol_error(|| {
                 format!("completion queue {id} of {size}: head doorbell from {was} to {head}")
             });
@@ -506,9 +507,10 @@ impl Machine {
         true
     }
 
-    /// Doorbells of queues that are not there.
+    /// Doorbells of queues that are not there, and of completion queues with room.
     fn look_at_stray_doorbells(&mut self) {
         for id in 0..self.options.io_queues_max + 1 {
+            self.look_at_head(id);
             let missing = [
                 (self.sqs[usize::from(id)].is_none(), false),
                 (self.cqs[usize::from(id)].is_none(), true),

@@ -35,6 +35,8 @@ mod sleep;
 mod slots;
 mod split;
 mod status;
+#[cfg(test)]
+mod tests;
 mod thread;
 
 use std::fmt;

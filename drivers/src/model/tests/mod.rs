@@ -1,5 +1,11 @@
 //! The model, driven by hand: bring-up and data here, the rest beside.
 
+mod admin;
+mod data;
+mod faults;
+mod interrupts;
+mod lying;
+mod over_vfio_user;
 mod rig;
 
 use rig::{Rig, io};

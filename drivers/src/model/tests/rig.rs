@@ -6,11 +6,15 @@ use std::time::{Duration, Instant};
 
 use ringmill_core::mem::{DmaMap, Mapping, SharedSlice};
 use ringmill_core::spec::nvme::{Cqe, Sqe, admin, cc, csts, reg};
+use ringmill_core::units::{len_u32, usize_of};
 
 use super::super::*;
 use crate::pci::{PciBacking, Registers};
 
 const PAGE: usize = 4096;
+
+/// Queues lie on multiples of this, as the device sees them, so that larger pages can be tried.
+const PAGE_LARGE: usize = 16384;
 
 /// Where data is, in the rig's memory; queues and lists are before.
 pub(super) const DATA: usize = 1 << 20;
@@ -32,10 +36,10 @@ pub(super) struct Pair {
     phase: bool,
 }
 
-pub(super) struct Rig {
-    pub(super) backing: ModelBacking,
+pub(super) struct Rig<B: PciBacking = ModelBacking> {
+    pub(super) backing: B,
     pub(super) control: ModelControl,
-    pub(super) regs: Arc<ModelRegisters>,
+    pub(super) regs: Arc<B::Registers>,
     pub(super) medium: Arc<Medium>,
     pub(super) map: DmaMap,
     pub(super) window: SharedSlice,
@@ -71,11 +75,23 @@ impl Rig {
     ) -> Rig {
         let stride = u32::from(options.doorbell_stride);
         let (backing, control) = start(options, namespaces).unwrap();
+        Rig::over(backing, control, medium, stride)
+    }
+}
+
+impl<B: PciBacking> Rig<B> {
+    /// Over any way to the model.
+    pub(super) fn over(
+        backing: B,
+        control: ModelControl,
+        medium: Arc<Medium>,
+        stride: u32,
+    ) -> Rig<B> {
         backing.set_bus_master(true).unwrap();
         let memory = Arc::new(Mapping::pool(MEMORY).unwrap());
         let map = DmaMap::new(&backing.dma(), &memory).unwrap();
         let window = SharedSlice::new(&memory, 0, MEMORY, PAGE).unwrap();
-        let regs = backing.registers(0, 0x1000).unwrap();
+        let regs = backing.registers(0, reg::DOORBELLS + (64 << stride)).unwrap();
         Rig {
             backing,
             control,
@@ -130,9 +146,14 @@ impl Rig {
         sqe
     }
 
+    /// Bytes up to the first large page of the device's addresses.
+    pub(super) fn lead(&self) -> usize {
+        (PAGE_LARGE - usize_of(self.iova(0) % PAGE_LARGE as u64)) % PAGE_LARGE
+    }
+
     fn page(&mut self, len_bytes: usize) -> usize {
         let at = self.next_page;
-        self.next_page += len_bytes.next_multiple_of(PAGE);
+        self.next_page += len_bytes.next_multiple_of(PAGE_LARGE);
         assert!(self.next_page <= LISTS);
         at
     }
@@ -148,7 +169,7 @@ impl Rig {
 
     /// Everything but CC.EN.
     pub(super) fn prepare_admin(&mut self) {
-        self.next_page = 0;
+        self.next_page = self.lead();
         let (pair, sq, cq) = self.make_pair(0, 16);
         self.regs.write_u32(reg::AQA, 15 | 15 << 16);
         self.regs.write_u64(reg::ASQ, sq);
@@ -209,6 +230,11 @@ impl Rig {
         self.regs.write_u32(self.bell(pair, true), value);
     }
 
+    /// The phase bit of that place of the completion queue.
+    pub(super) fn raw_phase(&self, pair: &Pair, at: usize) -> bool {
+        pair.cq.load_u32(at * 16 + 12, Ordering::Acquire) & 1 << 16 != 0
+    }
+
     /// The next completion, if it is there; the head's doorbell is left alone.
     pub(super) fn peek(&self, pair: &mut Pair) -> Option<Cqe> {
         let at = pair.head as usize * 16;
@@ -258,6 +284,14 @@ impl Rig {
         cqe
     }
 
+    /// Admin commands without waiting.
+    pub(super) fn with_admin<R>(&mut self, work: impl FnOnce(&mut Rig<B>, &mut Pair) -> R) -> R {
+        let mut pair = self.admin.take().unwrap();
+        let result = work(self, &mut pair);
+        self.admin = Some(pair);
+        result
+    }
+
     /// Identify data, or the kind of its status.
     pub(super) fn identify(&mut self, of: u32, nsid: u32) -> Result<Vec<u8>, u16> {
         let mut sqe = self.prps(Sqe::new(admin::IDENTIFY, 0, nsid), 0, 4096);
@@ -276,7 +310,14 @@ impl Rig {
         (cqe.status().kind(), cqe.0[0])
     }
 
-    pub(super) fn eventually(&mut self, mut is_so: impl FnMut(&mut Rig) -> bool) {
+    pub(super) fn log(&mut self, id: u8, len_bytes: usize) -> Result<Vec<u8>, u16> {
+        let mut sqe = self.prps(Sqe::new(admin::GET_LOG_PAGE, 0, u32::MAX), 0, len_bytes);
+        sqe.0[10] = u32::from(id) | (len_u32(len_bytes / 4 - 1)) << 16;
+        let status = self.admin(sqe).status();
+        if status.is_success() { Ok(self.bytes(0, len_bytes)) } else { Err(status.kind()) }
+    }
+
+    pub(super) fn eventually(&mut self, mut is_so: impl FnMut(&mut Rig<B>) -> bool) {
         let start = Instant::now();
         while !is_so(self) {
             assert!(start.elapsed() < PATIENCE, "it never came");
