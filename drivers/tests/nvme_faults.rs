@@ -549,10 +549,13 @@ fn health_is_told_and_kept() {
     let rig = Rig::new(quick(), patient());
     let health = rig.control.health().unwrap();
     assert_eq!(health.critical_warning, 0);
+    let start = Instant::now();
     rig.model.set_health(2, 400);
     until("the event", || rig.counters().events == 1);
     until("the warning", || rig.control.health().is_ok_and(|h| h.critical_warning == 2));
     assert_eq!(rig.control.health().unwrap().temperature_kelvin, 400);
+    assert!(start.elapsed() < Duration::from_secs(4), "told by the event, not by age");
+    assert!(rig.control.health().unwrap().age > Duration::ZERO, "kept");
     // Armed again.
     rig.model.set_health(6, 401);
     until("the next", || rig.counters().events == 2);

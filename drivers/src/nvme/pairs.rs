@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use ringmill_core::reactor::{DeviceKey, ReactorHandle};
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::common::Tally;
 use super::controller::Controller;
+use super::joint::Tally;
 use super::parts::{BindVector, Interrupts, QueueMemory, QueuePairParts};
 use super::qpair::QueuePair;
 use super::thread::{Keeper, nudge};
