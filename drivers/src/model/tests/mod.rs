@@ -128,6 +128,8 @@ fn a_shutdown_flushes_and_says_when_it_is_complete() {
     assert_eq!(rig.medium.volatile_bytes(), 0);
     assert_eq!(rig.control.count(Count::Shutdowns), 1);
     rig.expect_peace();
+    rig.run(&mut pair, io(nvm::FLUSH, 1, 0, 1));
+    rig.expect_errors(1);
 }
 
 #[test]
