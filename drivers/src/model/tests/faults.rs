@@ -269,6 +269,7 @@ fn late_garbage_hits_memory_unless_the_controller_was_stopped() {
     // A disabled controller has stopped.
     start_read(&mut rig, &mut pair, 4);
     rig.disable();
+    rig.enable();
     std::thread::sleep(settle);
     assert_eq!(rig.bytes(0, 512), [1; 512]);
     assert_eq!(rig.control.count(Count::Scribbles), 1);

@@ -218,4 +218,6 @@ fn unmapped_memory_is_a_fault_and_never_touched() {
     rig.ring_value(&pair, 2);
     rig.eventually(|rig| rig.regs.read_u32(reg::CSTS) & csts::CFS != 0);
     assert_eq!(rig.control.count(Count::DmaFaults), 2);
+    // The entry there would have been a flush.
+    assert_eq!(rig.control.counters().io(nvm::FLUSH), 0);
 }
