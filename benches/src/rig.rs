@@ -189,7 +189,10 @@ impl<F: Format> WorkerRig<F> {
         indirect: bool,
         ring: Option<Ring>,
     ) -> anyhow::Result<WorkerRig<F>> {
-        let guest = Guest::new(indirect);
+        let mut guest = Guest::new(indirect);
+        if let Some(domain) = bdev.dma() {
+            guest.memory.map_into(&domain);
+        }
         let mut cx = ReactorCx::new(ring)?;
         let channel = bdev.open_channel(None)?(&mut cx.io)?;
         let device = Arc::new(BlkDevice::new(&bdev, "bench", false));

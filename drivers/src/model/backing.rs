@@ -17,7 +17,7 @@ use super::control::ModelControl;
 use super::dma::ModelDomain;
 use super::link::{Link, ModelRegisters, lock};
 use super::machine::Machine;
-use super::options::{ModelNamespace, ModelOptions};
+use super::options::{ModelNamespace, ModelOptions, Vectors};
 use crate::pci::{DeviceNews, PciBacking, PciError};
 
 /// A controller in software.
@@ -67,6 +67,16 @@ pub(super) fn start_with_lies(
 }
 
 impl ModelBacking {
+    /// For the vfio-user server, which maps where its client says.
+    pub(super) fn domain(&self) -> &ModelDomain {
+        &self.domain
+    }
+
+    /// The kind of interrupts.
+    pub(super) fn vectors_mode(&self) -> Vectors {
+        self.link.vectors_mode
+    }
+
     fn gone(&self) -> PciError {
         PciError::Gone { device: self.link.name.clone() }
     }

@@ -236,7 +236,8 @@ impl CommandSlots {
     #[inline(never)]
     fn room_of_few(&self, id: MemberId, held: usize, room: usize) -> usize {
         match self.hungry.get() {
-            Some(next) if next != id => room.saturating_sub(1),
+            // Until it has come, the others go one by one.
+            Some(next) if next != id => room.saturating_sub(1).min(usize::from(held == 0)),
             None if held == 0 && room == 0 => {
                 self.hungry.set(Some(id));
                 0

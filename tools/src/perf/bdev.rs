@@ -111,7 +111,10 @@ impl BdevPort {
     ) -> Result<BdevPort, PerfError> {
         let failed = |error: &dyn std::fmt::Display| PerfError::Bdev(error.to_string());
         let stride = u64::from(io_bytes).next_multiple_of(512);
-        let memory = LoadMemory::new(u64::from(depth) * stride)?;
+        let mut memory = LoadMemory::new(u64::from(depth) * stride)?;
+        if let Some(domain) = bdev.dma() {
+            memory.map_into(&domain).map_err(|error| failed(&error))?;
+        }
         let segments =
             (0..u64::from(depth)).map(|slot| memory.segment(slot * stride, io_bytes)).collect();
         let mut ring = Ring::new(&[]).map_err(|error| failed(&error))?;
@@ -241,7 +244,7 @@ impl Drop for BdevPort {
         if self.channel.inflight() == 0 {
             self.channel.close(&mut self.cx.io);
         } else {
-            // The kernel may still write into it: it stays mapped until the process ends, which is soon.
+            // The kernel or the device may still write into it: it stays mapped until the process ends, which is soon.
             std::mem::forget(self.memory.take());
         }
     }

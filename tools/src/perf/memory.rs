@@ -10,7 +10,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
-use ringmill_core::mem::{Mapping, MemTable, RegionSpec, Segment};
+use ringmill_core::mem::{DmaDomain, DmaError, Mapping, MemTable, RegionSpec, Segment};
 use ringmill_core::units::{GuestAddr, bytes_u64, len_u32};
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 
@@ -90,6 +90,11 @@ impl LoadMemory {
             memory.segment(at, len_u32(len).min(1 << 30)).fill_zero();
         }
         Ok(memory)
+    }
+
+    /// Lets a device that moves data by itself reach it, for as long as it is there.
+    pub(crate) fn map_into(&mut self, domain: &Arc<dyn DmaDomain>) -> Result<(), DmaError> {
+        self.table.map_into(domain, || true).map(drop)
     }
 
     /// The file, for the other end.

@@ -179,8 +179,8 @@ fn by_hand() {
     hand.send_identify();
     wait("the answer", || hand.is_answered());
     assert!(came(&vector, WAIT_MAX), "no interrupt");
-    device.unmask(0).expect("unmasked");
     assert_eq!(hand.take(), 0);
+    device.unmask(0).expect("unmasked");
     let data = hand.data();
     println!("model {}", String::from_utf8_lossy(&data[id_ctrl::MN..id_ctrl::MN + 40]).trim_end());
     assert!(data[id_ctrl::MN..id_ctrl::MN + 40].iter().all(|byte| (0x20..0x7f).contains(byte)));
@@ -226,6 +226,33 @@ fn by_hand() {
     assert_eq!(version_again, version);
     assert_eq!(registers.read_u32(reg::VS), u32::MAX);
     drop(again);
+}
+
+/// Says why the device cannot be opened.
+#[test]
+#[ignore = "needs a device that cannot be had"]
+fn refused() {
+    let error = VfioDevice::open(&address()).expect_err("a device that cannot be had");
+    assert!(matches!(error, PciError::Refused { .. }), "{error:?}");
+    println!("refused: {error}");
+}
+
+/// Under a limit of 8 MiB, and without the right to ignore it.
+#[test]
+#[ignore = "needs a device that vfio-pci has, and ulimit -l 8192"]
+fn memlock() {
+    let device = open();
+    let dma = device.dma();
+    let pool = |mib: usize| Arc::new(Mapping::pool(mib << 20).expect("memory"));
+    let small = DmaMap::new(&dma, &pool(6)).expect("6 of 8 MiB");
+    let error = DmaMap::new(&dma, &pool(4)).expect_err("10 of 8 MiB");
+    assert!(matches!(error, DmaError::Memlock { need_bytes: 0xa0_0000, .. }), "{error:?}");
+    println!("refused: {error}");
+    // What is unmapped counts no more, and a refusal leaves nothing behind.
+    drop(small);
+    let others = [pool(4), pool(4)].map(|memory| DmaMap::new(&dma, &memory).expect("8 of 8 MiB"));
+    drop(others);
+    assert!(DmaMap::new(&dma, &Arc::new(Mapping::anonymous(8 << 20).expect("memory"))).is_ok());
 }
 
 /// With bus mastering off a command is not even fetched; on again, it is.

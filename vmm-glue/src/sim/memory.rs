@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use ringmill_core::mem::{Mapping, MemTable, RegionSpec, Segment};
+use ringmill_core::mem::{DmaDomain, Mapping, MemTable, RegionSpec, Segment};
 use ringmill_core::units::{GuestAddr, bytes_u64, index, len_u32};
 
 /// Front-end addresses lie this far above guest addresses.
@@ -58,6 +58,18 @@ impl GuestMemory {
             .map_err(|e| e.to_string())
             .and_then(|mapping| table.add(spec, Arc::new(mapping)).map_err(|e| e.to_string()));
         if let Err(error) = added {
+            panic!("the model's memory: {error}");
+        }
+        self.table = Arc::new(table);
+    }
+
+    /// Lets a device that moves data by itself reach it. Tables that were handed out before do not know of it.
+    ///
+    /// # Panics
+    /// When the device cannot be given the memory.
+    pub fn map_into(&mut self, domain: &Arc<dyn DmaDomain>) {
+        let mut table = MemTable::clone(&self.table);
+        if let Err(error) = table.map_into(domain, || true) {
             panic!("the model's memory: {error}");
         }
         self.table = Arc::new(table);

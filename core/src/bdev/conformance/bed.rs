@@ -54,7 +54,7 @@ impl TestBed {
         let mut cx = ReactorCx::new(Some(ring)).expect("memory for a context");
         let seed = bdev.open_channel(None).expect("a channel seed");
         let channel = seed(&mut cx.io).expect("a channel");
-        let memory = MemTable::anonymous(GuestAddr(0), ARENAS * ARENA_BYTES).expect("memory");
+        let memory = memory_for(bdev, false);
         let ledger = Slots::new(QUEUE_INFLIGHT_MAX);
         let (share, light) = (cx.io.fair.join(), cx.io.fair.join());
         cx.io.fair.served_all(&light, 0);
@@ -69,11 +69,7 @@ impl TestBed {
     #[must_use]
     pub fn pinned(bdev: &dyn Bdev) -> TestBed {
         let mut bed = TestBed::new(bdev);
-        let len_bytes = bytes_u64(ARENAS * ARENA_BYTES);
-        let mapping = Arc::new(Mapping::anonymous(ARENAS * ARENA_BYTES).expect("memory"));
-        let spec = RegionSpec { guest_addr: GuestAddr(0), len_bytes, user_addr: 0 };
-        bed.memory = MemTable::new();
-        bed.memory.add_to_pin(spec, mapping).expect("a region");
+        bed.memory = memory_for(bdev, true);
         let pins: Vec<_> = bed.memory.pins().map(Arc::downgrade).collect();
         register_pins(&pins).expect("pinned memory");
         bed.pins = HeldPins::new(bed.memory.pinned());
@@ -245,6 +241,20 @@ impl TestBed {
         let left: usize = rings.into_iter().flatten().map(Ring::fixed_count).sum();
         assert_eq!(left, 0, "slots in use");
     }
+}
+
+/// All arenas, where the device reaches them: in memory that another process can be given, too.
+fn memory_for(bdev: &dyn Bdev, to_pin: bool) -> MemTable {
+    let len_bytes = bytes_u64(ARENAS * ARENA_BYTES);
+    let mapping = Arc::new(Mapping::pool(ARENAS * ARENA_BYTES).expect("memory"));
+    let spec = RegionSpec { guest_addr: GuestAddr(0), len_bytes, user_addr: 0 };
+    let mut memory = MemTable::new();
+    let added = if to_pin { memory.add_to_pin(spec, mapping) } else { memory.add(spec, mapping) };
+    added.expect("a region");
+    if let Some(domain) = bdev.dma() {
+        assert!(memory.map_into(&domain, || true).expect("memory that the device reaches"));
+    }
+    memory
 }
 
 /// The segments' contents in one piece.

@@ -5,6 +5,7 @@ mod data;
 mod faults;
 mod interrupts;
 mod lying;
+mod over_vfio_user;
 mod rig;
 
 use rig::{Rig, io};
