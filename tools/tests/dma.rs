@@ -639,6 +639,30 @@ fn a_ring_that_is_stopped_before_its_memory_is_mapped_never_runs() {
 }
 
 #[test]
+fn memory_that_is_added_while_the_rest_is_mapped_is_mapped_after_it() {
+    let host = Host::start(false);
+    host.watch.set(Mood::Waits);
+    let (mut front, mut load, data) = host.prepared();
+    front.start(&load.ring, 0);
+    host.watch.asked(1);
+    let (more, other) = (Memory::new(MORE_GUEST, DATA_LEN), Memory::new(0xc000_0000, DATA_LEN));
+    front.send_add_memory(&more);
+    std::thread::sleep(MOMENT);
+    host.watch.set(Mood::Takes);
+    front.added();
+    assert_eq!(host.watch.counts(), (3, 0), "each once");
+    front.add_memory(&other);
+    load.run(&data, 50);
+    load.drain(&[&data]);
+    load.data_guest = MORE_GUEST;
+    load.run(&more, 50);
+    load.drain(&[&more]);
+    drop(front);
+    host.watch.expect(4, 4);
+    host.end();
+}
+
+#[test]
 fn a_bdev_that_goes_leaves_no_memory_mapped() {
     let host = Host::start(false);
     let (mut front, mut load, data) = host.running();
