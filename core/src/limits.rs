@@ -107,6 +107,29 @@ pub const RING_CLIENTS_MAX: usize = 32768;
 /// Files registered with one reactor's ring.
 pub const RING_FILES_MAX: u32 = 16384;
 
+/// Payload of a vfio-user message: data of the largest transfer that is offered (the protocol's own default, 1 MiB), and what
+/// describes it.
+pub const VFIO_USER_PAYLOAD_BYTES_MAX: usize = (1 << 20) + 64;
+
+/// Descriptors with one vfio-user message: one per command is needed; the rest is room for servers that send more.
+pub const VFIO_USER_FDS_MAX: usize = 8;
+
+/// vfio-user commands whose answer is missing: one per thread that may ask, and answers that nobody waits for any more.
+pub const VFIO_USER_CALLS_MAX: usize = 64;
+
+/// Mappable areas of one vfio-user region: a BAR with doorbells has one.
+pub const VFIO_USER_AREAS_MAX: usize = 16;
+
+/// A vfio-user server that answers a command later than this is as good as gone: they poll their socket.
+pub const VFIO_USER_ANSWER_MS: u64 = 5_000;
+
+/// How long a reactor that goes to sleep waits until a vfio-user server knows its eventfd: many round trips, and a delay
+/// that a guest hardly sees. Without an answer the reactor stays awake.
+pub const VFIO_USER_BIND_MS: u64 = 5;
+
+/// What closing a vfio-user device may take.
+pub const VFIO_USER_CLOSE_MS: u64 = 2_000;
+
 /// Slots of a reactor's table of registered buffers: what io_uring allows (IORING_MAX_REG_BUFFERS).
 pub const RING_BUFFERS_MAX: u32 = 16384;
 
@@ -164,6 +187,27 @@ pub const NVME_QUEUE_ENTRIES_MAX: u16 = 1024;
 
 /// Namespaces of one NVMe controller that become disks.
 pub const NVME_NAMESPACES_MAX: usize = 256;
+
+/// Data of one NVMe command: what a page of PRP entries names wherever the data starts.
+pub const NVME_TRANSFER_BYTES_MAX: u32 = 2 << 20;
+
+/// Commands of one NVMe pair that each channel on it is guaranteed, where the rings are large enough.
+pub const NVME_ROOM_MIN: usize = 16;
+
+/// Times that one NVMe command is sent again, after errors that pass and after resets together.
+pub const NVME_RETRIES_MAX: u8 = 4;
+
+/// The pause before the first of these, nanoseconds; each further one is four times as long: 10 ms to 0.64 s.
+pub const NVME_RETRY_PAUSE_NS: u64 = 10_000_000;
+
+/// Looks at a pair's commands per deadline: a command is reported when it is late by at most an eighth.
+pub const NVME_LOOKS_PER_DEADLINE: u64 = 8;
+
+/// Commands of a pair that one pass looks at for that: about a microsecond.
+pub const NVME_LOOK_COMMANDS: usize = 64;
+
+/// Completions that may wait to be acknowledged by a doorbell, if they are also no more than a quarter of the ring.
+pub const NVME_CQ_LAZY_ENTRIES: u16 = 32;
 
 const _: () = assert!(CROSS_SLOTS.is_power_of_two() && CROSS_SLOTS as usize >= BATCH_REQUESTS_MAX);
 const _: () = assert!(CROSS_SLOTS as usize <= QUEUE_INFLIGHT_MAX);

@@ -9,9 +9,13 @@
 mod flight;
 mod gate;
 pub mod malloc;
+#[cfg(any(test, feature = "model"))]
+pub mod model;
 pub mod null;
 pub mod nvme;
 pub mod pci;
 pub mod uring;
+pub mod vfio;
+pub mod vfio_user;
 
 pub use gate::GateChannel;

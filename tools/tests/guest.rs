@@ -6,7 +6,6 @@
 //! Skipped tests are also appended to the file that `RINGMILL_SKIPPED_FILE` names.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -16,11 +15,16 @@ use base64::Engine;
 use ringmill_tools::guest_lab::boot_sector::{self, SECTOR_BYTES};
 use ringmill_tools::guest_lab::guest::Guest;
 use ringmill_tools::guest_lab::initramfs::Payload;
-use ringmill_tools::guest_lab::qemu::{Boot, DiskConfig, MachineConfig};
-use ringmill_tools::guest_lab::server::{DiskServer, DiskSpec, Medium, ServerKind, set_len};
+use ringmill_tools::guest_lab::qemu::{
+    Boot, DiskConfig, MachineConfig, NamespaceConfig, NvmeConfig,
+};
+use ringmill_tools::guest_lab::server::{DiskServer, DiskSpec, Medium, ServerKind};
 use ringmill_tools::guest_lab::{Lab, LabError, ScratchDir};
 
-const MIB: u64 = 1024 * 1024;
+#[path = "support/lab.rs"]
+mod lab;
+
+use lab::{MIB, Outcome, image, skip, stripped, with_lab};
 
 /// What serves the disks unless `RINGMILL_GUEST_SERVER` says otherwise.
 const DEFAULT_SERVER: &str = "ringmilld";
@@ -30,8 +34,6 @@ const FIRMWARE_WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// fio under software emulation, on a busy machine.
 const FIO_WAIT_MAX: Duration = Duration::from_secs(180);
-
-type Outcome = Result<(), LabError>;
 
 #[test]
 fn a_file_system_survives_a_reboot_on_a_ram_disk() -> Outcome {
@@ -417,9 +419,16 @@ fn a_device_that_can_be_polled_works_without_its_interrupts() -> Outcome {
         let scratch = ScratchDir::new()?;
         let programs = [env!("CARGO_BIN_EXE_ringmilld"), env!("CARGO_BIN_EXE_ringmill-perf")]
             .map(|program| stripped(&scratch, Path::new(program)));
-        let image = lab.linux_with_programs(&scratch, &programs)?;
+        let image = lab.linux_with_programs(Payload::Base, &scratch, &programs)?;
         let config = MachineConfig {
-            nvme: Some(self::image(&scratch, "nvme.img", 64 * MIB)?),
+            nvme: vec![NvmeConfig {
+                namespaces: vec![NamespaceConfig::image(&self::image(
+                    &scratch,
+                    "nvme.img",
+                    64 * MIB,
+                )?)],
+                ..NvmeConfig::default()
+            }],
             kernel_words: "nvme.poll_queues=1".to_owned(),
             ..MachineConfig::new(Boot::Linux(image), Vec::new())
         };
@@ -435,15 +444,6 @@ fn a_device_that_can_be_polled_works_without_its_interrupts() -> Outcome {
         assert!(plain > 200, "the comparison counts no interrupts");
         guest.quit()
     })
-}
-
-/// Without the symbols, which would fill the guest's memory.
-fn stripped(scratch: &ScratchDir, program: &Path) -> PathBuf {
-    let to = scratch.path().join(program.file_name().expect("a program"));
-    fs::copy(program, &to).expect("a copy");
-    // Works unstripped, too.
-    let _ = Command::new("strip").arg(&to).status();
-    to
 }
 
 /// Serves the NVMe disk in the guest, fills 8 MiB of it, reads and writes, and checks everything; interrupts of the
@@ -471,39 +471,6 @@ echo counted $((after - before))"#
     )?;
     let count = said.lines().find_map(|line| line.strip_prefix("counted ")?.trim().parse().ok());
     Ok(count.unwrap_or_else(|| panic!("no count in {said}")))
-}
-
-/// Runs a test in a lab, or skips it by name if the machine lacks something.
-fn with_lab(name: &str, test: impl FnOnce(&mut Lab) -> Outcome) -> Outcome {
-    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("guest-lab");
-    let started = Instant::now();
-    let outcome = Lab::open(&cache).and_then(|mut lab| test(&mut lab));
-    match outcome {
-        Err(error) if error.is_missing_prerequisite() && !is_required() => {
-            skip(name, &error.to_string());
-            Ok(())
-        }
-        Err(error) => panic!("{name}: {error}"),
-        Ok(()) => {
-            eprintln!("{name}: {:.1} s", started.elapsed().as_secs_f64());
-            Ok(())
-        }
-    }
-}
-
-fn is_required() -> bool {
-    std::env::var_os("RINGMILL_GUEST_REQUIRED")
-        .is_some_and(|value| !value.is_empty() && value != "0")
-}
-
-fn skip(name: &str, why: &str) {
-    let line = format!("guest test \"{name}\" skipped: {why}");
-    eprintln!("{line}");
-    if let Some(path) = std::env::var_os("RINGMILL_SKIPPED_FILE") {
-        let file = OpenOptions::new().append(true).create(true).open(path);
-        file.and_then(|mut file| writeln!(file, "{line}"))
-            .expect("RINGMILL_SKIPPED_FILE is writable");
-    }
 }
 
 fn serve(disks: &[DiskSpec]) -> Result<Box<dyn DiskServer>, LabError> {
@@ -551,12 +518,6 @@ fn linux_with(
 
 fn disk(name: &str, medium: Medium) -> DiskSpec {
     DiskSpec { name: name.to_owned(), medium }
-}
-
-fn image(scratch: &ScratchDir, name: &str, size_bytes: u64) -> Result<PathBuf, LabError> {
-    let path = scratch.path().join(name);
-    set_len(&path, size_bytes)?;
-    Ok(path)
 }
 
 fn number(text: &str) -> u64 {

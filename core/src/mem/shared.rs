@@ -31,6 +31,9 @@ pub struct SharedSlice {
 // SAFETY: all accesses are atomic or volatile and the mapping is shared memory by nature; `keep` is Send + Sync.
 unsafe impl Send for SharedSlice {}
 
+// SAFETY: as above; what several threads of this process do is what other processes do anyway.
+unsafe impl Sync for SharedSlice {}
+
 impl SharedSlice {
     /// A window of `len_bytes` from `offset_bytes` of `mapping`, whose start must be a multiple of `align_bytes`
     /// (a power of two) in this process; `None` when it does not fit or is not aligned.

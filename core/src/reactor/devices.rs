@@ -6,6 +6,7 @@
 //! channel.submit: write entries — end of the pass: commit (doorbell) — channel.poll: reap
 
 use std::any::Any;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::Ring;
 
@@ -19,13 +20,24 @@ pub trait DeviceQueue: Any + Send {
     /// True when work is there, or when it has requests out and cannot interrupt: the reactor stays awake.
     fn prepare_sleep(&mut self, ring: &mut Ring) -> bool;
 
-    /// Called after every [`DeviceQueue::prepare_sleep`], slept or not: interrupts are no longer wanted.
-    fn wake(&mut self, ring: &mut Ring);
+    /// Called after every [`DeviceQueue::prepare_sleep`], slept or not: interrupts are no longer wanted. `now_ns` is for what
+    /// the next pass starts, before its own commit.
+    fn wake(&mut self, ring: &mut Ring, now_ns: u64);
 }
 
 /// Names a device over the life of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DeviceKey(pub u64);
+
+impl DeviceKey {
+    /// One that no other device has.
+    #[must_use]
+    #[cold]
+    pub fn next() -> DeviceKey {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        DeviceKey(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
 
 /// Where a queue is among its reactor's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,9 +124,9 @@ impl DeviceQueues {
 
     /// [`DeviceQueue::wake`] of all.
     #[cold]
-    pub fn wake(&mut self, ring: &mut Ring) {
+    pub fn wake(&mut self, ring: &mut Ring, now_ns: u64) {
         for queue in self.all() {
-            queue.wake(ring);
+            queue.wake(ring, now_ns);
         }
     }
 }

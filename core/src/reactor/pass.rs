@@ -290,7 +290,7 @@ impl Reactor {
                 ring.wait(timeout.min(SLEEP_MAX));
                 bump(&self.shared.stats.sleeps_count, 1);
             }
-            self.cx.io.devices.wake(ring);
+            self.cx.io.devices.wake(ring, self.cx.io.clock.now_ns());
         }
         self.shared.sleep.clear();
     }

@@ -427,6 +427,13 @@ pub struct Cqe(pub [u32; 4]);
 const _: () = assert!(size_of::<Cqe>() == CQE_BYTES);
 
 impl Cqe {
+    /// From its upper half, which has everything that I/O commands answer: dwords 2 and 3, read at once.
+    #[inline]
+    #[must_use]
+    pub const fn from_upper(half: u64) -> Cqe {
+        Cqe([0, 0, (half & 0xffff_ffff) as u32, (half >> 32) as u32])
+    }
+
     /// The command.
     #[inline]
     #[must_use]
@@ -540,8 +547,16 @@ pub mod status {
     pub const INVALID_SGL_TYPE: u16 = 0x011;
     /// A PRP entry has an offset that it must not have.
     pub const INVALID_PRP_OFFSET: u16 = 0x013;
+    /// A sanitize operation failed; until the next one nothing is served.
+    pub const SANITIZE_FAILED: u16 = 0x01c;
+    /// A sanitize operation is under way.
+    pub const SANITIZE_IN_PROGRESS: u16 = 0x01d;
     /// The namespace is write protected.
     pub const WRITE_PROTECTED: u16 = 0x020;
+    /// The command was interrupted; it is to be sent again.
+    pub const COMMAND_INTERRUPTED: u16 = 0x021;
+    /// The transport failed for a moment.
+    pub const TRANSIENT_TRANSPORT_ERROR: u16 = 0x022;
     /// The block range is outside the namespace.
     pub const LBA_OUT_OF_RANGE: u16 = 0x080;
     /// The namespace's capacity is exceeded.
@@ -550,6 +565,8 @@ pub mod status {
     pub const NAMESPACE_NOT_READY: u16 = 0x082;
     /// A reservation of another host.
     pub const RESERVATION_CONFLICT: u16 = 0x083;
+    /// A format is under way.
+    pub const FORMAT_IN_PROGRESS: u16 = 0x084;
     /// The completion queue does not exist (create SQ).
     pub const COMPLETION_QUEUE_INVALID: u16 = 0x100;
     /// The queue id is not valid.
@@ -579,6 +596,9 @@ pub mod status {
     /// The block was deallocated or never written, and reads of such are errors.
     pub const DEALLOCATED: u16 = 0x287;
 }
+
+/// The code type of path errors: the namespace was not reached, whatever the code.
+pub const STATUS_TYPE_PATH: u16 = 0x300;
 
 /// SGL descriptors, 16 bytes: address (u64), length (u32), 3 reserved bytes, type<<4 | subtype (Base 2.0 §4.1.2).
 pub mod sgl {

@@ -5,27 +5,39 @@
 //! everything that breaks; a reactor owns its queue pair. **Invariant:** a request ends only when the device provably cannot
 //! touch its memory any more, and nothing that a device answers panics or makes anybody wait without bound.
 
-#[allow(dead_code, reason = "as below")]
 mod admin;
-#[allow(dead_code, reason = "as below")]
+mod attach;
+mod bdev;
+mod channel;
+mod common;
 mod controller;
 mod error;
-#[allow(dead_code, reason = "as below")]
 mod identify;
-#[allow(dead_code, reason = "as below")]
 mod inquiry;
+mod job;
+mod list;
+mod namespaces;
 mod options;
-#[allow(dead_code, reason = "as below")]
+mod pairs;
 mod parts;
-#[allow(dead_code, reason = "as below")]
+mod prp;
+mod qpair;
 mod queues;
-#[allow(dead_code, reason = "as below")]
 mod quirks;
-#[allow(dead_code, reason = "the controller's thread, which comes next, uses it")]
+mod recover;
+mod recovery;
 mod registers;
 mod report;
-#[allow(dead_code, reason = "the queue pair, which comes next, uses the reactor's side")]
+mod rings;
+mod sgl;
 mod shared;
+mod sleep;
+mod slots;
+mod split;
+mod status;
+#[cfg(test)]
+mod tests;
+mod thread;
 
 use std::fmt;
 use std::sync::Arc;
@@ -35,12 +47,14 @@ use ringmill_core::reactor::ReactorHandle;
 
 use crate::pci::PciBacking;
 
+pub use channel::NvmeChannel;
 pub use error::NvmeError;
 pub use options::{ActionOnTimeout, NvmeOptions};
 pub use parts::{
     BindVector, DiscardLimits, Interrupts, NamespaceShape, QueueMemory, QueueMemoryError,
     QueuePairParts, ShadowDoorbells, WriteZeroesLimits,
 };
+pub use qpair::QueuePair;
 pub use report::{ControllerInfo, ControllerState, Counters, Health, NamespaceInfo};
 pub use shared::{FailReason, Order, Overdue, QueueCounters, QueueShared, Trouble};
 
@@ -114,13 +128,8 @@ pub trait NvmeControl: Send + Sync + fmt::Debug {
 pub fn attach<B: PciBacking>(
     backing: B,
     options: NvmeOptions,
-    _reactors: &[ReactorHandle],
-    _events: NvmeEvents,
+    reactors: &[ReactorHandle],
+    events: NvmeEvents,
 ) -> Result<Arc<dyn NvmeControl>, NvmeError> {
-    options.check()?;
-    backing.close();
-    Err(NvmeError::Refused {
-        device: backing.name().to_owned(),
-        reason: "this build cannot attach it".to_owned(),
-    })
+    attach::attach(backing, options, reactors, events)
 }

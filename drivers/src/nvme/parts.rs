@@ -10,7 +10,9 @@ use std::sync::Arc;
 
 use ringmill_core::bdev::BdevInfo;
 use ringmill_core::limits::{NVME_QUEUE_ENTRIES_MAX, NVME_QUEUE_ENTRIES_MIN};
-use ringmill_core::mem::{DmaDomain, DmaError, DmaMap, Mapping, MappingError};
+use ringmill_core::mem::{
+    DmaDomain, DmaError, DmaMap, IovaOffset, Mapping, MappingError, SharedSlice,
+};
 use ringmill_core::reactor::DeviceKey;
 use ringmill_core::spec::nvme::{CQE_BYTES, SQE_BYTES};
 use ringmill_core::units::{HostAddr, Iova, bytes_u64};
@@ -31,6 +33,9 @@ pub enum QueueMemoryError {
     /// The device cannot reach it.
     #[error(transparent)]
     Dma(#[from] DmaError),
+    /// Doorbells outside of their pages.
+    #[error("the doorbells of a queue pair lie outside of their pages")]
+    Window,
     /// An impossible size.
     #[error(
         "a queue of {entries} entries: use {NVME_QUEUE_ENTRIES_MIN} to {NVME_QUEUE_ENTRIES_MAX}"
@@ -46,6 +51,7 @@ pub enum QueueMemoryError {
 #[derive(Debug)]
 pub struct QueueMemory {
     map: DmaMap,
+    offset: IovaOffset,
     base: Iova,
     entries: u16,
 }
@@ -63,16 +69,35 @@ impl QueueMemory {
         if !(NVME_QUEUE_ENTRIES_MIN..=NVME_QUEUE_ENTRIES_MAX).contains(&entries) {
             return Err(QueueMemoryError::Entries { entries });
         }
-        let (cq_at, lists_at) = (pages(usize::from(entries) * SQE_BYTES), Self::lists_at(entries));
-        debug_assert!(cq_at < lists_at);
+        let lists_at = Self::lists_at(entries);
         let lists_bytes = (usize::from(entries) - 1) * PAGE_BYTES;
         let mapping = Arc::new(Mapping::pool(lists_at + lists_bytes)?);
-        let base = domain.offset().iova(HostAddr(mapping.base().as_ptr() as usize));
-        Ok(QueueMemory { map: DmaMap::new(domain, &mapping)?, base, entries })
+        let offset = domain.offset();
+        let base = offset.iova(HostAddr(mapping.base().as_ptr() as usize));
+        Ok(QueueMemory { map: DmaMap::new(domain, &mapping)?, offset, base, entries })
     }
 
     const fn lists_at(entries: u16) -> usize {
         pages(entries as usize * SQE_BYTES) + pages(entries as usize * CQE_BYTES)
+    }
+
+    /// Submission ring, completion ring, lists.
+    pub(super) fn windows(&self) -> Option<(SharedSlice, SharedSlice, SharedSlice)> {
+        let mapping = self.map.mapping();
+        let (sq_bytes, cq_bytes) =
+            (usize::from(self.entries) * SQE_BYTES, usize::from(self.entries) * CQE_BYTES);
+        let lists_at = Self::lists_at(self.entries);
+        let lists_bytes = (usize::from(self.entries) - 1) * PAGE_BYTES;
+        Some((
+            SharedSlice::new(mapping, 0, sq_bytes, PAGE_BYTES)?,
+            SharedSlice::new(mapping, pages(sq_bytes), cq_bytes, PAGE_BYTES)?,
+            SharedSlice::new(mapping, lists_at, lists_bytes, PAGE_BYTES)?,
+        ))
+    }
+
+    /// How host addresses become the device's, whole pages apart.
+    pub(super) fn offset(&self) -> IovaOffset {
+        self.offset
     }
 
     /// Entries of each ring.

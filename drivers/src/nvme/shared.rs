@@ -163,14 +163,6 @@ pub(super) struct Counters {
     pub(super) strange: AtomicU64,
 }
 
-impl Counters {
-    /// Adds, as the only writer.
-    #[inline]
-    pub(super) fn note(cell: &AtomicU64, by: u64) {
-        cell.store(cell.load(Ordering::Relaxed).wrapping_add(by), Ordering::Relaxed);
-    }
-}
-
 /// A pair's figures since it was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct QueueCounters {

@@ -4,6 +4,8 @@
 //! control threads; only [`Registers`] (doorbells) go to reactors. **Invariant:** whatever a device answers, no call here
 //! panics or blocks for longer than it says.
 
+mod address;
+
 use std::fmt;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -11,6 +13,8 @@ use std::sync::Arc;
 
 use ringmill_core::mem::DmaDomain;
 use thiserror::Error;
+
+pub use address::{PciAddress, PciAddressError};
 
 /// Why a device cannot be used. Messages name the device and say what to do.
 #[derive(Debug, Error)]

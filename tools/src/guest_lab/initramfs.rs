@@ -20,7 +20,7 @@ use super::{LabError, packages};
 const INIT: &str = include_str!("init.sh");
 
 /// Modules of the guest, by name; what they need comes along.
-const MODULES: [&str; 3] = ["virtio_pci", "virtio_blk", "ext4"];
+const MODULES: [&str; 5] = ["virtio_pci", "virtio_blk", "ext4", "vfio_iommu_type1", "vfio_pci"];
 
 const MODE_DIR: u32 = 0o040_755;
 const MODE_FILE: u32 = 0o100_755;
@@ -30,7 +30,7 @@ const MODE_CHAR_DEVICE: u32 = 0o020_600;
 /// How much the guest has on board; libraries make fio a 80 MB matter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Payload {
-    /// busybox, mke2fs, e2fsck, fstrim.
+    /// busybox, mke2fs, e2fsck, fstrim, setpriv.
     Base,
     /// The same and fio.
     Fio,
@@ -39,8 +39,8 @@ pub enum Payload {
 impl Payload {
     fn programs(self) -> &'static [&'static str] {
         match self {
-            Self::Base => &["mke2fs", "e2fsck", "fstrim"],
-            Self::Fio => &["mke2fs", "e2fsck", "fstrim", "fio"],
+            Self::Base => &["mke2fs", "e2fsck", "fstrim", "setpriv"],
+            Self::Fio => &["mke2fs", "e2fsck", "fstrim", "setpriv", "fio"],
         }
     }
 }

@@ -81,10 +81,11 @@ impl Lab {
     /// As for [`Lab::linux`].
     pub fn linux_with_programs(
         &mut self,
+        payload: Payload,
         scratch: &ScratchDir,
         programs: &[PathBuf],
     ) -> Result<LinuxImage, LabError> {
-        let kernel = self.linux(Payload::Base)?;
+        let kernel = self.linux(payload)?;
         let base = Initramfs::at(&kernel.initramfs);
         let with = base.with_programs(&scratch.path().join("initramfs.cpio"), programs)?;
         Ok(LinuxImage { initramfs: with.path().to_owned(), ..kernel })

@@ -16,6 +16,9 @@ use super::{LabError, LinuxImage, packages};
 /// QEMU connects its sockets first thing.
 const START_WAIT_MAX: Duration = Duration::from_secs(30);
 
+/// Behind the slots that QEMU gives to devices without an address.
+const NVME_SLOT_FIRST: usize = 0x10;
+
 /// A disk as the machine sees it.
 #[derive(Debug, Clone)]
 pub struct DiskConfig {
@@ -32,6 +35,34 @@ impl DiskConfig {
     #[must_use]
     pub fn new(socket: &Path) -> Self {
         Self { socket: socket.to_owned(), queues: 2, properties: String::new() }
+    }
+}
+
+/// An emulated NVMe controller.
+#[derive(Debug, Clone, Default)]
+pub struct NvmeConfig {
+    /// More properties of the controller, each starting with a comma: `,mdts=1,cmb_size_mb=16`.
+    pub properties: String,
+    /// Where it is plugged in, in QEMU's words; by default `addr=0x10`, the next `addr=0x11`, on the root bus.
+    pub place: Option<String>,
+    /// Its namespaces, numbered from 1.
+    pub namespaces: Vec<NamespaceConfig>,
+}
+
+/// A namespace of it.
+#[derive(Debug, Clone)]
+pub struct NamespaceConfig {
+    /// The options of QEMU's `-drive` behind its id: `format=raw,file=disk.img`.
+    pub drive: String,
+    /// More properties of the namespace: `,logical_block_size=4096`.
+    pub properties: String,
+}
+
+impl NamespaceConfig {
+    /// A namespace in an image.
+    #[must_use]
+    pub fn image(path: &Path) -> Self {
+        Self { drive: format!("format=raw,file={}", escape(path)), properties: String::new() }
     }
 }
 
@@ -55,8 +86,14 @@ pub struct MachineConfig {
     pub cpus_count: u16,
     /// RAM.
     pub memory_mib: u32,
-    /// An image behind an emulated NVMe controller: `nvme0n1`.
-    pub nvme: Option<PathBuf>,
+    /// In the order of their addresses, which is that of Linux: `nvme0`, `nvme1`, …
+    pub nvme: Vec<NvmeConfig>,
+    /// An IOMMU (VT-d), which Linux is told to use.
+    pub has_iommu: bool,
+    /// More devices, as QEMU's `-device` takes them: bridges and ports. They come before those above.
+    pub devices: Vec<String>,
+    /// Events of QEMU's that are written to a file, and that file: `pci_nvme_*`.
+    pub trace: Option<(String, PathBuf)>,
     /// More words of the kernel's command line.
     pub kernel_words: String,
 }
@@ -70,7 +107,10 @@ impl MachineConfig {
             disks,
             cpus_count: 2,
             memory_mib: 768,
-            nvme: None,
+            nvme: Vec::new(),
+            has_iommu: false,
+            devices: Vec::new(),
+            trace: None,
             kernel_words: String::new(),
         }
     }
@@ -136,7 +176,16 @@ fn arguments(
     let memory_mib = config.memory_mib;
     // No -nographic: it would make SeaBIOS copy its screen to the first serial port.
     option("display", "none".to_owned());
-    option("machine", "q35,memory-backend=mem".to_owned());
+    // Remapped interrupts need the I/O APIC in user space; it is there anyway without KVM, but QEMU insists on the word.
+    let irqchip = if config.has_iommu { ",kernel-irqchip=split" } else { "" };
+    option("machine", format!("q35,memory-backend=mem{irqchip}"));
+    if config.has_iommu {
+        // Before all devices behind it.
+        option("device", "intel-iommu,intremap=on,caching-mode=on".to_owned());
+    }
+    for device in &config.devices {
+        option("device", device.clone());
+    }
     option("accel", "tcg,thread=multi".to_owned());
     option("cpu", "max".to_owned());
     option("smp", config.cpus_count.to_string());
@@ -165,16 +214,29 @@ fn arguments(
             format!("vhost-user-blk-pci,chardev=disk{index},num-queues={queues}{boot}{properties}"),
         );
     }
-    if let Some(image) = &config.nvme {
-        option("drive", format!("if=none,id=nvme0,format=raw,file={}", escape(image)));
-        option("device", "nvme,serial=lab0,drive=nvme0".to_owned());
+    for (index, nvme) in config.nvme.iter().enumerate() {
+        let place =
+            nvme.place.clone().unwrap_or_else(|| format!("addr={:#x}", NVME_SLOT_FIRST + index));
+        let properties = &nvme.properties;
+        option("device", format!("nvme,id=nvme{index},serial=lab{index},{place}{properties}"));
+        for (number, namespace) in (1..).zip(&nvme.namespaces) {
+            let (drive, properties) = (&namespace.drive, &namespace.properties);
+            option("drive", format!("if=none,id=nvme{index}n{number},{drive}"));
+            let disk = format!("nvme-ns,bus=nvme{index},drive=nvme{index}n{number},nsid={number}");
+            option("device", disk + properties);
+        }
+    }
+    if let Some((events, file)) = &config.trace {
+        option("trace", events.clone());
+        option("D", file.display().to_string());
     }
     if let Boot::Linux(image) = &config.boot {
         option("kernel", image.kernel.display().to_string());
         option("initrd", image.initramfs.display().to_string());
         // panic=0: a panic stays on the console to be read; mitigations only cost time here.
         let words = "console=ttyS0 quiet panic=0 mitigations=off random.trust_cpu=on";
-        option("append", format!("{words} {}", config.kernel_words).trim_end().to_owned());
+        let iommu = if config.has_iommu { " intel_iommu=on" } else { "" };
+        option("append", format!("{words}{iommu} {}", config.kernel_words).trim_end().to_owned());
     }
     args.extend(["-nodefaults".to_owned(), "-no-user-config".to_owned()]);
     args

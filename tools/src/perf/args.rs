@@ -44,7 +44,8 @@ pub struct Cli {
     /// only connected.
     #[arg(value_name = "SOCKET[,OPTION]...", value_parser = Target::parse)]
     pub sockets: Vec<Target>,
-    /// Load a bdev inside this program instead: null, malloc:SIZE or file:PATH.
+    /// Load a bdev inside this program instead: null, malloc:SIZE, file:PATH, nvme:PCI_ADDRESS (bound to vfio-pci) or
+    /// nvme:SOCKET (vfio-user); the controller's first namespace, or another one by @NSID at the end.
     #[arg(long, value_name = "BDEV", value_parser = bdev)]
     pub bdev: Option<BdevChoice>,
     /// The bdev has one device queue, which a reactor on this core owns: what it costs to cross over to it.
@@ -162,6 +163,23 @@ pub enum BdevChoice {
     Malloc(u64),
     /// A file or block device, through io_uring.
     File(PathBuf),
+    /// A namespace of an NVMe controller: a PCI address, or the path of a vfio-user socket; its number, 0: the first.
+    Nvme(String, u32),
+}
+
+/// `0000:01:00.0@2`, `/run/nvme.sock`.
+fn nvme(text: &str) -> Result<BdevChoice, String> {
+    let (device, nsid) = match text.rsplit_once('@') {
+        None => (text, 0),
+        Some((device, nsid)) => match nsid.parse() {
+            Ok(nsid) if nsid > 0 => (device, nsid),
+            _ => return Err(format!("\"{nsid}\" is not the number of a namespace, 1 or more")),
+        },
+    };
+    match device.is_empty() {
+        true => Err("nvme: needs a PCI address or the path of a vfio-user socket".to_owned()),
+        false => Ok(BdevChoice::Nvme(device.to_owned(), nsid)),
+    }
 }
 
 fn bdev(text: &str) -> Result<BdevChoice, String> {
@@ -169,7 +187,8 @@ fn bdev(text: &str) -> Result<BdevChoice, String> {
         None if text == "null" => Ok(BdevChoice::Null),
         Some(("malloc", bytes)) => size::parse(bytes).map(BdevChoice::Malloc),
         Some(("file", path)) if !path.is_empty() => Ok(BdevChoice::File(path.into())),
-        _ => Err(format!("\"{text}\" is none of null, malloc:SIZE and file:PATH")),
+        Some(("nvme", device)) => nvme(device),
+        _ => Err(format!("\"{text}\" is none of null, malloc:SIZE, file:PATH and nvme:DEVICE")),
     }
 }
 

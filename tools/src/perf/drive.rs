@@ -4,16 +4,20 @@
 //! still write to memory that is used for something else.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ringmill_core::bdev::Bdev;
-use ringmill_core::limits::SECTOR_BYTES;
+use ringmill_core::limits::{NVME_QUEUE_ENTRIES_MAX, SECTOR_BYTES};
 use ringmill_core::units::bytes_u64;
 use ringmill_drivers::malloc::{MallocBdev, MallocOptions};
 use ringmill_drivers::null::{NullBdev, NullOptions};
+use ringmill_drivers::nvme::{self, NvmeControl, NvmeOptions};
 use ringmill_drivers::uring::{UringBdev, UringOptions};
+use ringmill_drivers::vfio::VfioDevice;
+use ringmill_drivers::vfio_user::VfioUserBacking;
 use ringmill_vmm_glue::vhost_user::message::MemoryRegion;
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -324,11 +328,57 @@ fn drive_floor<R: DriverRing>(
     Ok(report)
 }
 
-fn open_bdev(choice: &BdevChoice) -> Result<Arc<dyn Bdev>, PerfError> {
+/// A bdev, and the controller that it lives on, which is let go of last.
+type Opened = (Arc<dyn Bdev>, Option<Controller>);
+
+/// Detached when dropped.
+struct Controller(Arc<dyn NvmeControl>);
+
+impl Drop for Controller {
+    fn drop(&mut self) {
+        self.0.detach();
+    }
+}
+
+/// Attaches a controller for this thread alone and finds the namespace.
+fn open_nvme(device: &str, nsid: u32, cli: &Cli) -> Result<Opened, PerfError> {
+    let failed = |error: &dyn std::fmt::Display| PerfError::Bdev(error.to_string());
+    let options = NvmeOptions {
+        name: "nvme".to_owned(),
+        num_io_queues: 1,
+        io_queue_size: cli.depth.saturating_add(1).clamp(128, NVME_QUEUE_ENTRIES_MAX),
+        ..NvmeOptions::default()
+    };
+    // What happens to the controller shows in the requests.
+    let events = Arc::new(|_| ());
+    let control = if device.contains('/') {
+        let backing = VfioUserBacking::connect(Path::new(device)).map_err(|e| failed(&e))?;
+        nvme::attach(backing, options, &[], events)
+    } else {
+        let backing = VfioDevice::open(device).map_err(|e| failed(&e))?;
+        nvme::attach(backing, options, &[], events)
+    };
+    let control = Controller(control.map_err(|e| failed(&e))?);
+    let namespaces = control.0.namespaces();
+    let found = namespaces.iter().find(|one| nsid == 0 || one.info.nsid == nsid);
+    let found = found.ok_or_else(|| {
+        failed(&match nsid {
+            0 => format!("{device} has no namespace"),
+            _ => format!("{device} has no namespace {nsid}"),
+        })
+    })?;
+    match (&found.bdev, &found.info.refused) {
+        (Some(bdev), _) => Ok((Arc::clone(bdev), Some(control))),
+        (None, reason) => Err(failed(&reason.clone().unwrap_or_default())),
+    }
+}
+
+fn open_bdev(choice: &BdevChoice, cli: &Cli) -> Result<Opened, PerfError> {
     let failed = |error: &dyn std::fmt::Display| PerfError::Bdev(error.to_string());
     let (block_bytes, uuid) = (BDEV_BLOCK_BYTES, None);
     let blocks = |bytes: u64| bytes / u64::from(block_bytes);
-    Ok(match choice {
+    let bdev: Arc<dyn Bdev> = match choice {
+        BdevChoice::Nvme(device, nsid) => return open_nvme(device, *nsid, cli),
         BdevChoice::Null => {
             let options = NullOptions { blocks_count: blocks(NULL_BYTES), block_bytes, uuid };
             Arc::new(NullBdev::new("null", &options).map_err(|e| failed(&e))?)
@@ -342,7 +392,8 @@ fn open_bdev(choice: &BdevChoice) -> Result<Arc<dyn Bdev>, PerfError> {
             let bdev = UringBdev::open_patiently("file", &options, OPEN_PATIENCE);
             Arc::new(bdev.map_err(|e| failed(&e))?)
         }
-    })
+    };
+    Ok((bdev, None))
 }
 
 fn drive_bdev(
@@ -351,7 +402,7 @@ fn drive_bdev(
     mut owner: Option<Owner>,
     stop: &Arc<AtomicBool>,
 ) -> Result<Report, PerfError> {
-    let mut bdev = open_bdev(choice)?;
+    let (mut bdev, _controller) = open_bdev(choice, cli)?;
     if let Some(owner) = &mut owner {
         bdev = owner.own(bdev)?;
     }
@@ -360,6 +411,7 @@ fn drive_bdev(
     let name = match choice {
         BdevChoice::Null | BdevChoice::Malloc(_) => info.product_name().to_owned(),
         BdevChoice::File(path) => path.display().to_string(),
+        BdevChoice::Nvme(device, _) => device.clone(),
     };
     let job = Job::of(cli);
     let disk = Disk::new(cli, job, name, info.size_bytes(), geometry.block_bytes, true)?;

@@ -1,0 +1,153 @@
+//! A controller that lies: registers, data and completions changed by bytes from outside (a fuzzer's, or a seed's).
+//!
+//! Flow: what the model would truthfully show → [`Lies`] → what the driver sees. Most of it stays true, so that a driver
+//! gets through bring-up often. **Invariant:** lies change words, never what memory is touched: all accesses stay inside of
+//! what is mapped for the device.
+
+use ringmill_core::reactor::Entropy;
+use ringmill_core::spec::nvme::reg;
+
+use super::machine::Machine;
+
+/// One in so many completions is changed, with the boldest first byte.
+const BOLDNESS: u64 = 64;
+
+/// Where lies come from: the bytes given, then a generator seeded by them.
+#[derive(Debug)]
+pub(super) struct Lies {
+    bytes: Vec<u8>,
+    at: usize,
+    chance: Entropy,
+    /// Chances in 256 that a register, a block of data, a completion is changed.
+    registers: u64,
+    data: u64,
+    completions: u64,
+    /// Chances in 65,536 that an idle look posts something.
+    idle: u64,
+}
+
+impl Lies {
+    pub(super) fn new(bytes: Vec<u8>) -> Lies {
+        let seed = bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
+        });
+        let mut lies = Lies {
+            bytes,
+            at: 0,
+            chance: Entropy::seeded(seed),
+            registers: 0,
+            data: 0,
+            completions: 0,
+            idle: 0,
+        };
+        lies.registers = lies.below(8) / 2;
+        lies.data = lies.below(4) * 24;
+        lies.completions = lies.below(BOLDNESS);
+        lies.idle = lies.below(64);
+        lies
+    }
+
+    fn next(&mut self) -> u64 {
+        let Some(chunk) = self.bytes.get(self.at..).and_then(<[u8]>::first_chunk::<8>) else {
+            return self.chance.next_u64();
+        };
+        self.at += 8;
+        u64::from_le_bytes(*chunk) ^ self.chance.next_u64().rotate_left(17)
+    }
+
+    fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound.max(1)
+    }
+
+    fn word(&mut self) -> u32 {
+        (self.next() >> 32) as u32
+    }
+
+    /// A word that is a little wrong, an edge, or noise.
+    fn twist(&mut self, value: u32) -> u32 {
+        match self.below(6) {
+            0 => value ^ 1 << self.below(32),
+            1 => value.wrapping_add(1),
+            2 => 0,
+            3 => u32::MAX,
+            4 => value ^ self.word() & 0xff,
+            _ => self.word(),
+        }
+    }
+
+    /// What a read of a register answers.
+    pub(super) fn register(&mut self, offset_bytes: usize, value: u32) -> u32 {
+        // Doorbells are memory.
+        if offset_bytes >= reg::DOORBELLS || self.below(256) >= self.registers {
+            return value;
+        }
+        self.twist(value)
+    }
+
+    /// Changes some words of identify data and logs.
+    pub(super) fn data(&mut self, data: &mut [u8]) {
+        if self.below(256) >= self.data || data.is_empty() {
+            return;
+        }
+        for _ in 0..=self.below(8) {
+            let near_start = self.below(2) == 0;
+            let len_bytes = if near_start { data.len().min(600) } else { data.len() };
+            let at = usize::try_from(self.below(len_bytes as u64)).unwrap_or(0);
+            let value = self.twist(u32::from(data[at]));
+            for (place, byte) in data[at..].iter_mut().zip(value.to_le_bytes()) {
+                *place = byte;
+            }
+        }
+    }
+
+    /// The completions that take the place of a true one.
+    fn completions(&mut self, entry: [u32; 4]) -> (usize, [u32; 4], [u32; 4]) {
+        if self.below(256) >= self.completions {
+            return (1, entry, entry);
+        }
+        let mut other = entry;
+        let at = usize::try_from(self.below(4)).unwrap_or(0);
+        other[at] = self.twist(entry[at]);
+        match self.below(4) {
+            0 => (0, entry, entry),
+            1 => (2, entry, other),
+            2 => (2, entry, entry),
+            _ => (1, other, other),
+        }
+    }
+
+    /// A completion that nobody asked for, for one of the first queues.
+    fn idle(&mut self) -> Option<(u16, [u32; 4])> {
+        if self.below(65536) >= self.idle {
+            return None;
+        }
+        let queue = (self.below(4) & 3) as u16;
+        let cid = self.word() & 0x1fff;
+        Some((queue, [self.word(), self.word(), self.word(), cid | self.word() & 0xfffe_0000]))
+    }
+}
+
+impl Machine {
+    /// Posts what the controller makes of a completion.
+    #[cold]
+    pub(super) fn lie_about(&mut self, cq: u16, entry: [u32; 4]) {
+        let Some(lies) = &self.link.lies else { return };
+        let (count, first, second) = super::link::lock(lies).completions(entry);
+        if count > 0 {
+            self.post(cq, first);
+        }
+        if count > 1 {
+            self.post(cq, second);
+        }
+    }
+
+    /// Posts something out of nothing, seldom.
+    pub(super) fn lie_idle(&mut self) {
+        let Some(lies) = &self.link.lies else { return };
+        let Some((queue, entry)) = super::link::lock(lies).idle() else { return };
+        if self.cqs.get(usize::from(queue)).is_some_and(Option::is_some) {
+            self.post(queue, entry);
+            self.interrupt(queue);
+        }
+    }
+}

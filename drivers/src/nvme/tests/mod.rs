@@ -1,0 +1,7 @@
+//! The data path against a device that is played by hand.
+
+mod data;
+mod orders;
+mod queue;
+mod rig;
+mod share;

@@ -1,0 +1,379 @@
+//! One connection to a vfio-user server: questions with bounded waits, and a thread that reads what comes back.
+//!
+//! Flow: any thread calls [`Connection::call`]; the connection's own thread receives, gives replies to who asked (by
+//! message id) and answers the server's own commands from the memory that it was given. Owner: shared by the backing, its
+//! registers and its domain. **Invariants:** every call ends by its deadline. A server that breaks the protocol, or does not
+//! answer in time, is cut off once and for all: the socket is shut down and everybody is told [`CallError::Gone`]. An id is
+//! not used again before its answer has come.
+//!
+//! Spec: vfio-user 0.9, "Command Concurrency", "Header", `VFIO_USER_VERSION`.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use ringmill_core::limits::VFIO_USER_CALLS_MAX;
+use rustix::event::{EventfdFlags, PollFlags, eventfd};
+use rustix::net::Shutdown;
+use thiserror::Error;
+
+use super::memory::DeviceMemory;
+use super::protocol::{Fields, Header, ProtocolError, command, flags};
+use super::wire::{Message, Outbox, Reader, SendError, WireError, ready};
+use crate::pci::PciError;
+
+/// Why a command has no answer.
+#[derive(Debug, Error)]
+pub(super) enum CallError {
+    /// The server is gone, or was cut off.
+    #[error("the server is gone")]
+    Gone,
+    /// No answer yet; one that comes later is dropped.
+    #[error("no answer in time")]
+    Late,
+    /// The server says no.
+    #[error("{0}")]
+    Refused(io::Error),
+}
+
+impl CallError {
+    /// In the words of the seam.
+    pub(super) fn at(self, device: &str, what: &str) -> PciError {
+        let device = device.to_owned();
+        match self {
+            CallError::Gone => PciError::Gone { device },
+            CallError::Late => PciError::Io {
+                device,
+                what: what.to_owned(),
+                source: io::ErrorKind::TimedOut.into(),
+            },
+            CallError::Refused(source) => PciError::Io { device, what: what.to_owned(), source },
+        }
+    }
+}
+
+/// Where the answer to an id is.
+#[derive(Debug)]
+enum Slot {
+    Asked {
+        command: u16,
+    },
+    Answered(Message),
+    /// Who asked does not wait any more.
+    Abandoned {
+        command: u16,
+    },
+}
+
+impl Slot {
+    fn waits_for(&self, answered: u16) -> bool {
+        matches!(self, Slot::Asked { command } if *command == answered)
+    }
+}
+
+#[derive(Debug, Default)]
+struct Calls {
+    next_id: u16,
+    slots: BTreeMap<u16, Slot>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Connection {
+    name: String,
+    socket: OwnedFd,
+    outbox: Outbox,
+    calls: Mutex<Calls>,
+    answered: Condvar,
+    gone: AtomicBool,
+    /// Readable once it is gone.
+    gone_fd: OwnedFd,
+    memory: DeviceMemory,
+    /// What a server may take for an answer.
+    patience: Duration,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Connection {
+    /// Takes over a connected socket and starts its thread.
+    ///
+    /// # Errors
+    /// No descriptor, or no thread.
+    pub(super) fn start(
+        name: &str,
+        socket: OwnedFd,
+        patience: Duration,
+    ) -> io::Result<Arc<Connection>> {
+        let connection = Arc::new(Connection {
+            name: name.to_owned(),
+            socket,
+            outbox: Outbox::default(),
+            calls: Mutex::default(),
+            answered: Condvar::new(),
+            gone: AtomicBool::new(false),
+            gone_fd: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            memory: DeviceMemory::default(),
+            patience,
+        });
+        let reader = Arc::clone(&connection);
+        std::thread::Builder::new()
+            .name("vfio-user".to_owned())
+            .spawn(move || reader.receive_all())?;
+        Ok(connection)
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The memory that the server was given.
+    pub(super) fn memory(&self) -> &DeviceMemory {
+        &self.memory
+    }
+
+    pub(super) fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Acquire)
+    }
+
+    /// Readable once the connection is gone.
+    pub(super) fn gone_fd(&self) -> BorrowedFd<'_> {
+        self.gone_fd.as_fd()
+    }
+
+    /// Asks and waits as long as a server may take; who takes longer is cut off.
+    ///
+    /// # Errors
+    /// [`CallError`], never `Late`.
+    pub(super) fn call(
+        &self,
+        command: u16,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Message, CallError> {
+        self.call_until(command, payload, fds, Instant::now() + self.patience)
+    }
+
+    /// The same with a deadline of the caller's.
+    ///
+    /// # Errors
+    /// As for [`Connection::call`].
+    pub(super) fn call_until(
+        &self,
+        command: u16,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+        deadline: Instant,
+    ) -> Result<Message, CallError> {
+        let answer = self.try_call(command, payload, fds, deadline);
+        if matches!(answer, Err(CallError::Late)) {
+            self.cut_off(&format!("it did not answer command {command} in time"));
+            return Err(CallError::Gone);
+        }
+        answer
+    }
+
+    /// Asks and waits until `deadline`; who takes longer is asked no more, but may answer later.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub(super) fn try_call(
+        &self,
+        command: u16,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+        deadline: Instant,
+    ) -> Result<Message, CallError> {
+        let id = self.ask(command, payload, fds, deadline)?;
+        let mut calls = lock(&self.calls);
+        loop {
+            match calls.slots.get_mut(&id) {
+                Some(Slot::Answered(_)) => break,
+                _ if self.is_gone() => {
+                    calls.slots.remove(&id);
+                    return Err(CallError::Gone);
+                }
+                Some(slot) if Instant::now() >= deadline => {
+                    *slot = Slot::Abandoned { command };
+                    return Err(CallError::Late);
+                }
+                _ => {}
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            calls =
+                self.answered.wait_timeout(calls, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        let Some(Slot::Answered(message)) = calls.slots.remove(&id) else {
+            return Err(CallError::Gone);
+        };
+        drop(calls);
+        if message.header.flags & flags::ERROR == 0 {
+            return Ok(message);
+        }
+        let errno = i32::try_from(message.header.errno).unwrap_or(0);
+        Err(CallError::Refused(if errno == 0 {
+            io::Error::other("the server refuses and does not say why")
+        } else {
+            io::Error::from_raw_os_error(errno)
+        }))
+    }
+
+    /// Asks; the answer is dropped when it comes.
+    ///
+    /// # Errors
+    /// As for [`Connection::try_call`].
+    pub(super) fn tell(
+        &self,
+        command: u16,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+        deadline: Instant,
+    ) -> Result<(), CallError> {
+        let id = self.ask(command, payload, fds, deadline)?;
+        let mut calls = lock(&self.calls);
+        match calls.slots.get_mut(&id) {
+            Some(Slot::Answered(_)) => drop(calls.slots.remove(&id)),
+            Some(slot) => *slot = Slot::Abandoned { command },
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// True while a command has no answer that somebody gave up waiting for.
+    pub(super) fn lags(&self) -> bool {
+        lock(&self.calls).slots.values().any(|slot| matches!(slot, Slot::Abandoned { .. }))
+    }
+
+    /// Takes an id and sends.
+    fn ask(
+        &self,
+        command: u16,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+        deadline: Instant,
+    ) -> Result<u16, CallError> {
+        let id = {
+            let mut calls = lock(&self.calls);
+            if self.is_gone() {
+                return Err(CallError::Gone);
+            }
+            if calls.slots.len() >= VFIO_USER_CALLS_MAX {
+                return Err(CallError::Late);
+            }
+            while calls.slots.contains_key(&calls.next_id) {
+                calls.next_id = calls.next_id.wrapping_add(1);
+            }
+            let id = calls.next_id;
+            calls.next_id = id.wrapping_add(1);
+            calls.slots.insert(id, Slot::Asked { command });
+            id
+        };
+        let header = Header { id, command, payload_bytes: payload.len(), flags: 0, errno: 0 };
+        match self.outbox.send(self.socket.as_fd(), &header.message(payload), fds, deadline) {
+            Ok(()) | Err(SendError::Partly) => Ok(id),
+            Err(SendError::Late) => {
+                lock(&self.calls).slots.remove(&id);
+                Err(CallError::Late)
+            }
+            Err(SendError::Broken(errno)) => {
+                lock(&self.calls).slots.remove(&id);
+                self.cut_off(&format!("sending fails: {errno}"));
+                Err(CallError::Gone)
+            }
+        }
+    }
+
+    /// Ends the connection because of what the server did.
+    pub(super) fn cut_off(&self, why: &str) {
+        if self.end() {
+            tracing::warn!("{}: the vfio-user server is cut off: {why}", self.name);
+        }
+    }
+
+    /// Ends the connection; true for the first who does.
+    pub(super) fn end(&self) -> bool {
+        let first = {
+            let _calls = lock(&self.calls);
+            !self.gone.swap(true, Ordering::AcqRel)
+        };
+        if first {
+            // Neither can fail in a way that matters: the socket may be gone already, the counter is at most 1.
+            let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
+            let _ = rustix::io::write(&self.gone_fd, &1u64.to_ne_bytes());
+            self.answered.notify_all();
+            self.memory.clear();
+        }
+        first
+    }
+
+    /// The thread.
+    fn receive_all(&self) {
+        let mut reader = Reader::default();
+        loop {
+            match reader.receive(&self.socket) {
+                Ok(Some(message)) => {
+                    if let Err(error) = self.received(message) {
+                        return self.cut_off(&format!("it sent {error}"));
+                    }
+                }
+                Ok(None) if self.is_gone() => return,
+                Ok(None) => {
+                    if let Err(errno) = ready(self.socket.as_fd(), PollFlags::IN, None) {
+                        return self.cut_off(&errno.to_string());
+                    }
+                }
+                Err(WireError::Closed) => return self.cut_off("it has closed the connection"),
+                Err(error) => return self.cut_off(&error.to_string()),
+            }
+        }
+    }
+
+    fn received(&self, message: Message) -> Result<(), ProtocolError> {
+        let Header { id, command, .. } = message.header;
+        if !message.header.is_reply() {
+            self.serve(&message);
+            return Ok(());
+        }
+        let mut calls = lock(&self.calls);
+        match calls.slots.get_mut(&id) {
+            Some(slot) if slot.waits_for(command) => {
+                *slot = Slot::Answered(message);
+                self.answered.notify_all();
+            }
+            Some(Slot::Abandoned { command: asked }) if *asked == command => {
+                calls.slots.remove(&id);
+            }
+            _ => return Err(ProtocolError::Unasked { id, command }),
+        }
+        Ok(())
+    }
+
+    /// Answers a command of the server's.
+    fn serve(&self, message: &Message) {
+        let Header { id, command, flags: bits, .. } = message.header;
+        let answer = match command {
+            command::DMA_READ => self.memory.read(Fields::new(command, &message.payload)),
+            command::DMA_WRITE => self.memory.write(Fields::new(command, &message.payload)),
+            _ => Err(rustix::io::Errno::OPNOTSUPP),
+        };
+        if bits & flags::NO_REPLY != 0 {
+            return;
+        }
+        let (payload, bits, errno) = match answer {
+            Ok(payload) => (payload, flags::REPLY, 0),
+            Err(errno) => (Vec::new(), flags::REPLY | flags::ERROR, errno.raw_os_error()),
+        };
+        let errno = u32::try_from(errno).unwrap_or(0);
+        let reply = Header { id, command, payload_bytes: payload.len(), flags: bits, errno };
+        let deadline = Instant::now() + self.patience;
+        let sent = self.outbox.send(self.socket.as_fd(), &reply.message(&payload), &[], deadline);
+        if let Err(error) = sent {
+            self.cut_off(&format!("it does not take answers: {}", io::Error::from(error)));
+        }
+    }
+}
