@@ -87,6 +87,11 @@ impl ModelControl {
         self.call(move |machine| machine.faults.ready_is_stuck = is_stuck);
     }
 
+    /// A shutdown is never complete, or is again.
+    pub fn set_shutdown_stuck(&self, is_stuck: bool) {
+        self.call(move |machine| machine.faults.shutdown_is_stuck = is_stuck);
+    }
+
     /// Function resets fail, or work again.
     pub fn set_reset_fails(&self, fails: bool) {
         self.call(move |machine| machine.faults.reset_fails = fails);
