@@ -63,6 +63,23 @@ fn a_full_queue_takes_no_more_and_a_doorbell_is_rung_once_per_pass() {
 }
 
 #[test]
+fn the_completion_ring_never_fills_up() {
+    for entries in [2, 5, 16, 64] {
+        let mut rig = Rig::new(&Options { entries, ..Options::default() });
+        // Some are acknowledged later; the device panics when it finds no place.
+        for few in 1..entries {
+            for burst in [few, entries - 1] {
+                let taken = (0..burst).filter(|_| rig.read(0, 0)).count();
+                assert_eq!(taken, usize::from(burst));
+                rig.commit();
+                rig.device.serve();
+                assert_eq!(rig.poll(0).len(), taken);
+            }
+        }
+    }
+}
+
+#[test]
 fn a_cid_that_is_not_out_is_not_believed() {
     type Forge = fn(u16) -> u16;
     // Double, another generation, another slot that is not out, no slot at all.
