@@ -187,6 +187,7 @@ pub const NVME_QUEUE_ENTRIES_MAX: u16 = 1024;
 
 /// Namespaces of one NVMe controller that become disks.
 pub const NVME_NAMESPACES_MAX: usize = 256;
+
 /// Data of one NVMe command: what a page of PRP entries names wherever the data starts.
 pub const NVME_TRANSFER_BYTES_MAX: u32 = 2 << 20;
 

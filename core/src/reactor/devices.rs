@@ -6,6 +6,7 @@
 //! channel.submit: write entries — end of the pass: commit (doorbell) — channel.poll: reap
 
 use std::any::Any;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::Ring;
 
@@ -27,6 +28,16 @@ pub trait DeviceQueue: Any + Send {
 /// Names a device over the life of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DeviceKey(pub u64);
+
+impl DeviceKey {
+    /// One that no other device has.
+    #[must_use]
+    #[cold]
+    pub fn next() -> DeviceKey {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        DeviceKey(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
 
 /// Where a queue is among its reactor's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -17,7 +17,7 @@ use super::control::ModelControl;
 use super::dma::ModelDomain;
 use super::link::{Link, ModelRegisters, lock};
 use super::machine::Machine;
-use super::options::{ModelNamespace, ModelOptions};
+use super::options::{ModelNamespace, ModelOptions, Vectors};
 use crate::pci::{DeviceNews, PciBacking, PciError};
 
 /// A controller in software.
@@ -37,7 +37,16 @@ pub fn start(
     options: ModelOptions,
     namespaces: Vec<ModelNamespace>,
 ) -> Result<(ModelBacking, ModelControl), Box<dyn std::error::Error>> {
-    let link = Arc::new(Link::new(&options)?);
+    start_with_lies(options, namespaces, None)
+}
+
+/// The same; with lies that follow from these bytes.
+pub(super) fn start_with_lies(
+    options: ModelOptions,
+    namespaces: Vec<ModelNamespace>,
+    lies: Option<&[u8]>,
+) -> Result<(ModelBacking, ModelControl), Box<dyn std::error::Error>> {
+    let link = Arc::new(Link::new(&options, lies)?);
     let domain = Arc::new(ModelDomain::new(&link, options.iova_offset));
     let (for_thread, for_machine) = (Arc::clone(&link), options.clone());
     let core = options.core;
@@ -58,6 +67,16 @@ pub fn start(
 }
 
 impl ModelBacking {
+    /// For the vfio-user server, which maps where its client says.
+    pub(super) fn domain(&self) -> &ModelDomain {
+        &self.domain
+    }
+
+    /// The kind of interrupts.
+    pub(super) fn vectors_mode(&self) -> Vectors {
+        self.link.vectors_mode
+    }
+
     fn gone(&self) -> PciError {
         PciError::Gone { device: self.link.name.clone() }
     }

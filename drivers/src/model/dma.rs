@@ -100,14 +100,9 @@ impl ModelDomain {
         self.link.upgrade().and_then(call).is_some()
     }
 
-    fn iova_of(&self, mapping: &Mapping) -> u64 {
-        self.offset.iova(HostAddr(mapping.base().as_ptr() as usize)).0
-    }
-}
-
-impl DmaDomain for ModelDomain {
-    fn map(&self, mapping: &Arc<Mapping>) -> Result<(), DmaError> {
-        let (iova, len_bytes) = (self.iova_of(mapping), mapping.len_bytes());
+    /// Maps at an address of somebody else's choice: a vfio-user client's.
+    pub(super) fn map_at(&self, iova: u64, mapping: &Arc<Mapping>) -> Result<(), DmaError> {
+        let len_bytes = mapping.len_bytes();
         let mut table = lock(&self.table);
         self.check(iova, len_bytes)?;
         let spec = RegionSpec {
@@ -128,11 +123,26 @@ impl DmaDomain for ModelDomain {
         Err(DmaError::Gone { device: self.name.clone() })
     }
 
-    fn unmap(&self, mapping: &Arc<Mapping>) {
+    /// The reverse.
+    pub(super) fn unmap_at(&self, iova: u64, mapping: &Mapping) {
         let mut table = lock(&self.table);
-        if table.remove(GuestAddr(self.iova_of(mapping)), mapping.len_bytes() as u64) {
+        if table.remove(GuestAddr(iova), mapping.len_bytes() as u64) {
             self.publish(&table);
         }
+    }
+
+    fn iova_of(&self, mapping: &Mapping) -> u64 {
+        self.offset.iova(HostAddr(mapping.base().as_ptr() as usize)).0
+    }
+}
+
+impl DmaDomain for ModelDomain {
+    fn map(&self, mapping: &Arc<Mapping>) -> Result<(), DmaError> {
+        self.map_at(self.iova_of(mapping), mapping)
+    }
+
+    fn unmap(&self, mapping: &Arc<Mapping>) {
+        self.unmap_at(self.iova_of(mapping), mapping);
     }
 
     fn offset(&self) -> IovaOffset {

@@ -145,7 +145,8 @@ impl Machine {
     pub(super) fn lie_idle(&mut self) {
         let Some(lies) = &self.link.lies else { return };
         let Some((queue, entry)) = super::link::lock(lies).idle() else { return };
-        if self.cqs.get(usize::from(queue)).is_some_and(Option::is_some) {
+        let cq = self.cqs.get(usize::from(queue)).and_then(Option::as_ref);
+        if cq.is_some_and(|cq| cq.room() > 0) {
             self.post(queue, entry);
             self.interrupt(queue);
         }

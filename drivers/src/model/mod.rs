@@ -3,7 +3,8 @@
 //! [`start`] gives a [`ModelBacking`], which a driver takes for a PCI device, and a [`ModelControl`], with which a test
 //! looks inside and breaks things. The story of a command: `link` has registers and doorbells, `machine` the thread that
 //! looks at them, `queue` the rings, `admin` and `command` what commands do, `data` finds their memory through `dma`, `media`
-//! keeps the data; `faults`, `held` and `lies` are how it goes wrong.
+//! keeps the data; `faults`, `held` and `lies` are how it goes wrong. A
+//! [`VfioUserServer`] shows a model to other processes.
 //!
 //! **Invariant:** a driver that does not keep to the specification is told so by a counter, whatever else happens to it.
 
@@ -29,6 +30,7 @@ mod queue;
 mod shadow;
 #[cfg(test)]
 mod tests;
+mod vfio_user_server;
 
 pub use backing::{ModelBacking, start};
 pub use control::ModelControl;
@@ -40,3 +42,4 @@ pub use link::ModelRegisters;
 pub use lying::LyingBacking;
 pub use media::{Medium, Ram};
 pub use options::{ModelNamespace, ModelOptions, Sgls, Vectors};
+pub use vfio_user_server::VfioUserServer;

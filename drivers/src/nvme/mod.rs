@@ -5,28 +5,28 @@
 //! everything that breaks; a reactor owns its queue pair. **Invariant:** a request ends only when the device provably cannot
 //! touch its memory any more, and nothing that a device answers panics or makes anybody wait without bound.
 
-#[allow(dead_code, reason = "as below")]
 mod admin;
+mod attach;
+mod bdev;
 mod channel;
-#[allow(dead_code, reason = "as below")]
 mod controller;
 mod error;
-#[allow(dead_code, reason = "as below")]
 mod identify;
-#[allow(dead_code, reason = "as below")]
 mod inquiry;
 mod job;
+mod joint;
+
 mod list;
+mod namespaces;
 mod options;
+mod pairs;
 mod parts;
 mod prp;
 mod qpair;
-#[allow(dead_code, reason = "as below")]
 mod queues;
-#[allow(dead_code, reason = "as below")]
 mod quirks;
 mod recover;
-#[allow(dead_code, reason = "the controller's thread, which comes next, uses it")]
+mod recovery;
 mod registers;
 mod report;
 mod rings;
@@ -38,6 +38,7 @@ mod split;
 mod status;
 #[cfg(test)]
 mod tests;
+mod thread;
 
 use std::fmt;
 use std::sync::Arc;
@@ -128,13 +129,8 @@ pub trait NvmeControl: Send + Sync + fmt::Debug {
 pub fn attach<B: PciBacking>(
     backing: B,
     options: NvmeOptions,
-    _reactors: &[ReactorHandle],
-    _events: NvmeEvents,
+    reactors: &[ReactorHandle],
+    events: NvmeEvents,
 ) -> Result<Arc<dyn NvmeControl>, NvmeError> {
-    options.check()?;
-    backing.close();
-    Err(NvmeError::Refused {
-        device: backing.name().to_owned(),
-        reason: "this build cannot attach it".to_owned(),
-    })
+    attach::attach(backing, options, reactors, events)
 }

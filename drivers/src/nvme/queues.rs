@@ -11,12 +11,12 @@ use ringmill_core::mem::{DmaDomain, DmaMap, Mapping, SharedSlice};
 use ringmill_core::spec::nvme::{Sqe, admin, feature};
 use ringmill_core::units::HostAddr;
 
+use super::NvmeError;
 use super::admin::refused_with;
 use super::controller::Controller;
 use super::parts::{PAGE_BYTES, QueueMemory, ShadowDoorbells};
 use super::quirks::{QUEUES_DELAY, Quirks};
 use super::registers::doorbell_offset;
-use super::{NvmeError, QueueShared};
 use crate::pci::{PciBacking, Registers};
 
 /// Physically contiguous, which behind an IOMMU everything is.
@@ -189,15 +189,4 @@ impl<B: PciBacking> Controller<B> {
         let [result, _] = self.admin.command(&self.bar, entry, "abort", within)?;
         Ok(result & 1 == 0)
     }
-}
-
-/// A pair on the device, as the controller's thread keeps it.
-#[derive(Debug)]
-pub(super) struct Pair {
-    pub(super) queue_id: u16,
-    pub(super) shared: Arc<QueueShared>,
-    pub(super) memory: Arc<QueueMemory>,
-    pub(super) vector: Option<u16>,
-    /// The device knows its queues.
-    pub(super) exists: bool,
 }

@@ -97,7 +97,7 @@ const TABLE: &[Line] = &[
     line(0x1bb1, &[0x0100], Quirks::DELAY_BEFORE_READY),
     line(0x1c58, &[0x0003, 0x0023], Quirks::DELAY_BEFORE_READY),
     line(0x1c5f, &[0x0540], Quirks::DELAY_BEFORE_READY),
-    line(0x144d, &[0xa808, 0xa821, 0xa822, 0xa826], Quirks::DELAY_BEFORE_READY),
+    line(SAMSUNG, &[0xa808, 0xa821, 0xa822, 0xa826], Quirks::DELAY_BEFORE_READY),
     // QUIRK: SPDK, NVME_QUIRK_DELAY_BEFORE_INIT: "not ready after VFIO reset". Intel P3500 to P3700, P3520, P4500, P4600.
     line(INTEL, &[0x0953, 0x0a53, 0x0a54], Quirks::DELAY_BEFORE_INIT),
     // QUIRK: Linux commits 106198edb74c and 99466e708ddc (NVME_QUIRK_STRIPE_SIZE), SPDK NVME_INTEL_QUIRK_STRIPING: byte 3 of

@@ -23,12 +23,12 @@ pub mod wire;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use ringmill_core::limits::{VFIO_USER_ANSWER_MS, VFIO_USER_BIND_MS, VFIO_USER_CLOSE_MS};
-use ringmill_core::mem::{DmaDomain, IovaOffset, Mapping, SharedSlice};
+use ringmill_core::mem::{DeviceWindow, DmaDomain, IovaOffset, arena};
 use ringmill_core::units::{bytes_u64, usize_of};
 use rustix::event::epoll;
 use rustix::event::{EventfdFlags, eventfd};
@@ -52,6 +52,9 @@ const PAGE_BYTES: usize = 4096;
 
 /// Class, subclass and interface of NVMe controllers.
 const CLASS_NVME: [u8; 3] = [0x02, 0x08, 0x01];
+
+/// Where the arena begins for the server: a multiple of any page size.
+const IOVA_START: u64 = 4 << 30;
 
 /// Configuration space: the command register, and its bits.
 const COMMAND: u64 = 4;
@@ -102,6 +105,7 @@ pub struct VfioUserBacking {
     error: OwnedFd,
     /// Readable when any of `requested`, `error` and the connection's end is.
     news: OwnedFd,
+    registers: Mutex<Vec<Weak<UserRegisters>>>,
     gone_told: AtomicBool,
     closed: AtomicBool,
 }
@@ -164,8 +168,10 @@ impl VfioUserBacking {
             epoll::add(&news, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN)
                 .map_err(io_error)?;
         }
-        // The arena is not built yet: IOVAs are this process's addresses.
-        let domain = Arc::new(UserDomain::new(connection, limits, IovaOffset(0)));
+        // Numbers to the server; low ones, as it may know no more than 48 bits, and never our own addresses.
+        let (arena_start, _) = arena().map_err(|error| refused(name, error.to_string()))?;
+        let offset = IovaOffset(IOVA_START.wrapping_sub(arena_start.0 as u64));
+        let domain = Arc::new(UserDomain::new(connection, limits, offset));
         let backing = VfioUserBacking {
             patience,
             connection: Arc::clone(connection),
@@ -176,6 +182,7 @@ impl VfioUserBacking {
             requested,
             error,
             news,
+            registers: Mutex::default(),
             gone_told: AtomicBool::new(false),
             closed: AtomicBool::new(false),
         };
@@ -280,26 +287,47 @@ impl VfioUserBacking {
         let Some(file) = &region.file else {
             return Ok(Vec::new());
         };
+        let refuse = |why: String| {
+            let reason = format!("the server's memory for BAR {bar} cannot be used: {why}");
+            refused(self.name(), reason)
+        };
+        let file_bytes =
+            rustix::fs::fstat(file).ok().and_then(|stat| u64::try_from(stat.st_size).ok());
         let mut mapped = Vec::new();
         for area in &region.areas {
             let (start, end) = (area.start, area.end.min(bytes_u64(len_bytes)));
-            let offset = region.file_offset.checked_add(start);
-            let (Some(offset), true) = (offset, start < end) else {
+            if start >= end {
                 continue;
-            };
-            let mapping = Mapping::foreign(file, offset, end - start).map_err(|error| {
-                let reason = format!(
-                    "the server's memory for BAR {bar} cannot be used: {error}. (It lies beside the socket with SPDK: \
-                     give it a directory on a tmpfs, such as /run or /dev/shm)"
-                );
-                refused(self.name(), reason)
-            })?;
-            let memory = SharedSlice::new(&Arc::new(mapping), 0, usize_of(end - start), 8)
-                .ok_or_else(|| refused(self.name(), format!("BAR {bar} is mapped unaligned")))?;
-            mapped.push(Mapped { start_bytes: usize_of(start), memory });
+            }
+            // Only tmpfs and hugetlbfs answer this, and only their pages never wait for a disk or another process.
+            if rustix::fs::fcntl_get_seals(file).is_err() {
+                return Err(refuse(
+                    "it is no memory file. With SPDK it lies beside the socket: give the server a directory on a tmpfs, such \
+                     as /run or /dev/shm"
+                        .to_owned(),
+                ));
+            }
+            let file_end = region.file_offset.checked_add(end);
+            if file_end.zip(file_bytes).is_none_or(|(end, has)| end > has) {
+                let has = file_bytes.unwrap_or(0);
+                return Err(refuse(format!("its file has {has} bytes and ends before it")));
+            }
+            let offset = region.file_offset + start;
+            let window = DeviceWindow::map(file.as_fd(), offset, usize_of(end - start))
+                .map_err(|error| refuse(error.to_string()))?;
+            mapped.push(Mapped { start_bytes: usize_of(start), window });
         }
         mapped.sort_by_key(|part| part.start_bytes);
         Ok(mapped)
+    }
+
+    /// Remembers registers, so that closing takes the server's memory out of them.
+    fn keep(&self, registers: UserRegisters) -> Arc<UserRegisters> {
+        let registers = Arc::new(registers);
+        let mut kept = self.registers.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.retain(|kept| kept.strong_count() > 0);
+        kept.push(Arc::downgrade(&registers));
+        registers
     }
 
     fn is_nvme(&self) -> Result<bool, PciError> {
@@ -363,7 +391,7 @@ impl PciBacking for VfioUserBacking {
         let len_bytes = len_bytes_min.max(1).next_multiple_of(PAGE_BYTES).min(whole);
         let mapped = self.map_areas(bar, &region, len_bytes)?;
         if !self.is_nvme()? {
-            return Ok(Arc::new(UserRegisters::new(
+            return Ok(self.keep(UserRegisters::new(
                 &self.connection,
                 bar.into(),
                 len_bytes,
@@ -375,7 +403,7 @@ impl PciBacking for VfioUserBacking {
         let mut doorbells_end = PAGE_BYTES;
         for part in &mapped {
             if part.start_bytes <= doorbells_end {
-                doorbells_end = doorbells_end.max(part.start_bytes + part.memory.len_bytes());
+                doorbells_end = doorbells_end.max(part.start_bytes + part.window.len_bytes());
             }
         }
         if doorbells_end < len_bytes_min {
@@ -385,7 +413,7 @@ impl PciBacking for VfioUserBacking {
             ));
         }
         let len_bytes = len_bytes.min(doorbells_end);
-        Ok(Arc::new(UserRegisters::new(
+        Ok(self.keep(UserRegisters::new(
             &self.connection,
             bar.into(),
             len_bytes,
@@ -498,6 +526,8 @@ impl PciBacking for VfioUserBacking {
             report(&self.connection, &"closing the device", &error);
         }
         self.connection.end();
+        let kept = self.registers.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.iter().filter_map(Weak::upgrade).for_each(|registers| registers.retire());
     }
 }
 

@@ -5,22 +5,21 @@
 //! control threads. Owner: shared. **Invariants:** an access below `trapped_bytes` may block, bounded by the connection's
 //! patience; no other ever does. Once the server is gone, every read is ones.
 //!
-//! write_u32: in the window? → mapped? → fence, store
+//! write_u32: mapped? fence, store — below `trapped_bytes`? message
 
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
 
-use ringmill_core::mem::SharedSlice;
+use ringmill_core::mem::DeviceWindow;
 
 use super::connection::Connection;
 use super::protocol::{ACCESS_BYTES, command, region_access};
 use crate::pci::Registers;
 
-/// A mapped part of the window.
+/// A mapped part of the BAR.
 #[derive(Debug)]
 pub(super) struct Mapped {
     pub(super) start_bytes: usize,
-    pub(super) memory: SharedSlice,
+    pub(super) window: DeviceWindow,
 }
 
 /// The registers of one BAR.
@@ -47,27 +46,35 @@ impl UserRegisters {
         UserRegisters { connection, region, len_bytes, trapped_bytes, mapped }
     }
 
-    /// The mapped memory of the 32 bits at `offset_bytes`, and where in it.
+    /// Lets go of the server's memory. For control threads.
+    #[cold]
+    pub(super) fn retire(&self) {
+        for part in &self.mapped {
+            part.window.retire();
+        }
+    }
+
+    /// The mapped part with the 32 bits at `offset_bytes`, and where in it.
     #[inline]
-    fn mapped_at(&self, offset_bytes: usize) -> Option<(&SharedSlice, usize)> {
+    fn mapped_at(&self, offset_bytes: usize) -> Option<(&DeviceWindow, usize)> {
         for part in &self.mapped {
             let at = offset_bytes.wrapping_sub(part.start_bytes);
-            if at < part.memory.len_bytes() {
-                return Some((&part.memory, at));
+            if at < part.window.len_bytes() {
+                return Some((&part.window, at));
             }
         }
         None
     }
 
-    #[inline]
-    fn inside(&self, offset_bytes: usize) -> bool {
-        offset_bytes < self.len_bytes && offset_bytes.is_multiple_of(4)
+    #[cold]
+    fn is_trapped(&self, offset_bytes: usize) -> bool {
+        offset_bytes < self.trapped_bytes && offset_bytes.is_multiple_of(4)
     }
 
     #[cold]
     #[inline(never)]
     fn ask(&self, offset_bytes: usize) -> Option<u32> {
-        if offset_bytes >= self.trapped_bytes {
+        if !self.is_trapped(offset_bytes) || self.connection.is_gone() {
             return None;
         }
         let question = region_access(self.region, offset_bytes as u64, 4);
@@ -80,7 +87,7 @@ impl UserRegisters {
     #[cold]
     #[inline(never)]
     fn tell(&self, offset_bytes: usize, value: u32) {
-        if offset_bytes >= self.trapped_bytes {
+        if !self.is_trapped(offset_bytes) || self.connection.is_gone() {
             return;
         }
         let mut payload = region_access(self.region, offset_bytes as u64, 4);
@@ -102,31 +109,18 @@ impl Registers for UserRegisters {
     }
 
     fn read_u32(&self, offset_bytes: usize) -> u32 {
-        if !self.inside(offset_bytes) || self.connection.is_gone() {
-            return u32::MAX;
-        }
         match self.mapped_at(offset_bytes) {
-            Some((memory, at)) => {
-                let value = memory.load_u32(at, Ordering::Relaxed);
-                fence(Ordering::Acquire);
-                // A server that has cut its file off is no better than one that is gone.
-                if memory.failed() { u32::MAX } else { value }
-            }
+            Some(_) if self.connection.is_gone() => u32::MAX,
+            Some((window, at)) => window.read_u32(at),
             None => self.ask(offset_bytes).unwrap_or(u32::MAX),
         }
     }
 
     #[inline]
     fn write_u32(&self, offset_bytes: usize, value: u32) {
-        if !self.inside(offset_bytes) {
-            return;
-        }
         match self.mapped_at(offset_bytes) {
-            Some((memory, at)) => {
-                // What was put into queues is there before the server, a processor like ours, sees the doorbell.
-                fence(Ordering::Release);
-                memory.store_u32(at, value, Ordering::Relaxed);
-            }
+            // What was put into queues is there before the server, a processor like ours, sees the doorbell.
+            Some((window, at)) => window.write_u32(at, value),
             None => self.tell(offset_bytes, value),
         }
     }

@@ -518,8 +518,8 @@ fn doorbells_that_cannot_be_mapped_are_refused_with_the_way_out() {
         let expect = [
             "cannot be mapped",
             "cannot be mapped",
-            "has 4096 bytes",
-            "give it a directory on a tmpfs",
+            "file has 4096 bytes",
+            "a directory on a tmpfs",
         ][case];
         assert!(error.contains(expect), "{error}");
         if case < 2 {

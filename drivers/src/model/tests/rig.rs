@@ -36,10 +36,10 @@ pub(super) struct Pair {
     phase: bool,
 }
 
-pub(super) struct Rig {
-    pub(super) backing: ModelBacking,
+pub(super) struct Rig<B: PciBacking = ModelBacking> {
+    pub(super) backing: B,
     pub(super) control: ModelControl,
-    pub(super) regs: Arc<ModelRegisters>,
+    pub(super) regs: Arc<B::Registers>,
     pub(super) medium: Arc<Medium>,
     pub(super) map: DmaMap,
     pub(super) window: SharedSlice,
@@ -75,11 +75,23 @@ impl Rig {
     ) -> Rig {
         let stride = u32::from(options.doorbell_stride);
         let (backing, control) = start(options, namespaces).unwrap();
+        Rig::over(backing, control, medium, stride)
+    }
+}
+
+impl<B: PciBacking> Rig<B> {
+    /// Over any way to the model.
+    pub(super) fn over(
+        backing: B,
+        control: ModelControl,
+        medium: Arc<Medium>,
+        stride: u32,
+    ) -> Rig<B> {
         backing.set_bus_master(true).unwrap();
         let memory = Arc::new(Mapping::pool(MEMORY).unwrap());
         let map = DmaMap::new(&backing.dma(), &memory).unwrap();
         let window = SharedSlice::new(&memory, 0, MEMORY, PAGE).unwrap();
-        let regs = backing.registers(0, 0x1000).unwrap();
+        let regs = backing.registers(0, reg::DOORBELLS + (64 << stride)).unwrap();
         Rig {
             backing,
             control,
@@ -273,7 +285,7 @@ impl Rig {
     }
 
     /// Admin commands without waiting.
-    pub(super) fn with_admin<R>(&mut self, work: impl FnOnce(&mut Rig, &mut Pair) -> R) -> R {
+    pub(super) fn with_admin<R>(&mut self, work: impl FnOnce(&mut Rig<B>, &mut Pair) -> R) -> R {
         let mut pair = self.admin.take().unwrap();
         let result = work(self, &mut pair);
         self.admin = Some(pair);
@@ -305,7 +317,7 @@ impl Rig {
         if status.is_success() { Ok(self.bytes(0, len_bytes)) } else { Err(status.kind()) }
     }
 
-    pub(super) fn eventually(&mut self, mut is_so: impl FnMut(&mut Rig) -> bool) {
+    pub(super) fn eventually(&mut self, mut is_so: impl FnMut(&mut Rig<B>) -> bool) {
         let start = Instant::now();
         while !is_so(self) {
             assert!(start.elapsed() < PATIENCE, "it never came");

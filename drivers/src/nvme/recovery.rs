@@ -1,0 +1,353 @@
+//! What the controller's thread does when things break: late commands, resets, the end.
+//!
+//! Flow: late command → look → Abort → reset; trouble, fatal status → reset: Hold, stop the device, Disabled, start it, queues,
+//! Run; no way back, or gone → close the backing, Fail. Owner: the controller's thread. **Invariant:** Disabled is ordered only
+//! after the device has provably stopped (RDY = 0 after CC.EN = 0 or FLR), Fail only after that or after
+//! `PciBacking::close`; so nothing is requeued or failed whose memory the device may still touch.
+
+use std::time::{Duration, Instant};
+
+use ringmill_core::reactor::DeviceSlot;
+
+use super::joint::Tally;
+use super::pairs::Late;
+use super::qpair::QueuePair;
+use super::report::ControllerState;
+use super::shared::Overdue;
+use super::thread::{Keeper, nudge};
+use super::{ActionOnTimeout, FailReason, NvmeError, NvmeEvent, Order};
+use crate::pci::PciBacking;
+
+/// Between the report of a late command and the decision that its answer is not there.
+const LOOK_FOR: Duration = Duration::from_millis(20);
+
+/// For the completion of a command that the device says it has aborted.
+const ABORT_GRACE: Duration = Duration::from_secs(2);
+
+/// For reactors to obey. One that takes longer is told again when it comes back.
+const OBEY_WITHIN: Duration = Duration::from_secs(2);
+
+/// The same when the device is wanted back: everything must be over within 5 s.
+const OBEY_SOON: Duration = Duration::from_millis(500);
+const STOP_SOON: Duration = Duration::from_secs(2);
+
+/// Resets in a row: so many within the window, and it is given up.
+const RESETS_MAX: usize = 8;
+const RESETS_WINDOW: Duration = Duration::from_secs(60);
+
+/// Tries to start it again within one reset; the second one after a reset of the function.
+const STARTS_MAX: usize = 2;
+
+impl<B: PciBacking> Keeper<B> {
+    /// Looks at every pair. True when something is to be looked at again soon.
+    pub(super) fn watch_pairs(&mut self) -> bool {
+        if self.lost {
+            return false;
+        }
+        for at in 0..self.pairs.len() {
+            if let Some(trouble) = self.pairs[at].shared.trouble()
+                && self.pairs[at].exists
+            {
+                let queue_id = self.pairs[at].queue_id;
+                let _ =
+                    self.reset(&format!("queue {queue_id} had a wrong completion ({trouble:?})"));
+                return true;
+            }
+            if let Some(overdue) = self.pairs[at].shared.overdue()
+                && self.pairs[at].exists
+                && self.is_reset_after(at, overdue)
+            {
+                return true;
+            }
+        }
+        if let Err(error) = self.collect_dropped().and_then(|()| self.restart_pairs()) {
+            tracing::warn!("{}: {error}", self.name());
+            self.after_failure(&error);
+        }
+        self.pairs.iter().any(|pair| pair.late.is_some() || !pair.exists)
+    }
+
+    /// A command without an answer. True when it came to a reset.
+    fn is_reset_after(&mut self, at: usize, overdue: Overdue) -> bool {
+        let sequence = overdue.sequence;
+        let late = match self.pairs[at].late {
+            Some(late @ (Late::Looking(of, _) | Late::Aborting(of, _))) if of == sequence => late,
+            _ => {
+                // Its reactor may sleep through a lost interrupt.
+                nudge(self.pairs[at].home.as_ref());
+                self.note_timeout(self.pairs[at].queue_id, overdue.cid);
+                let late = Late::Looking(sequence, Instant::now());
+                self.pairs[at].late = Some(late);
+                late
+            }
+        };
+        if overdue.ended {
+            let tally = &self.common.tally;
+            let counter = match late {
+                Late::Looking(..) => &tally.late_answers,
+                Late::Aborting(..) => &tally.aborts_done,
+            };
+            Tally::note(counter);
+            self.settle(at, sequence);
+            return false;
+        }
+        match late {
+            Late::Looking(_, since) if since.elapsed() < LOOK_FOR => false,
+            Late::Looking(..) => match self.common.options.action_on_timeout {
+                ActionOnTimeout::None => {
+                    self.settle(at, sequence);
+                    false
+                }
+                ActionOnTimeout::Abort => self.is_reset_after_abort(at, overdue),
+                ActionOnTimeout::Reset => {
+                    let _ = self.reset("a command had no answer in time");
+                    true
+                }
+            },
+            Late::Aborting(_, since) if since.elapsed() < ABORT_GRACE => false,
+            Late::Aborting(..) => {
+                let _ = self.reset("a command did not end after its abort");
+                true
+            }
+        }
+    }
+
+    fn settle(&mut self, at: usize, sequence: u32) {
+        self.pairs[at].late = None;
+        self.pairs[at].shared.settle(sequence);
+        nudge(self.pairs[at].home.as_ref());
+    }
+
+    fn is_reset_after_abort(&mut self, at: usize, overdue: Overdue) -> bool {
+        Tally::note(&self.common.tally.aborts);
+        let queue_id = self.pairs[at].queue_id;
+        let within = self.common.options.timeout_admin;
+        // One at a time, so the device's limit (ACL) is kept.
+        match self.controller.abort(queue_id, overdue.cid, within) {
+            Ok(is_done) => {
+                let shared = &self.pairs[at].shared;
+                let has_ended = shared.overdue().is_some_and(|now| now.ended);
+                if is_done || has_ended {
+                    self.pairs[at].late = Some(Late::Aborting(overdue.sequence, Instant::now()));
+                    return false;
+                }
+                let _ = self.reset("it could not abort a command that had no answer in time");
+                true
+            }
+            Err(error) if error.is_gone() => {
+                self.lose(&error.to_string());
+                true
+            }
+            Err(error) => {
+                let _ = self.reset(&error.to_string());
+                true
+            }
+        }
+    }
+
+    /// Stops the controller and starts it again; requests in flight are done once more.
+    pub(super) fn reset(&mut self, why: &str) -> Result<(), NvmeError> {
+        tracing::warn!("{}: resetting it: {why}", self.name());
+        Tally::note(&self.common.tally.resets);
+        self.common.status().last_error = Some(why.to_owned());
+        self.set_state(ControllerState::Resetting);
+        self.order_all(Order::Hold);
+        self.wait_obeyed(OBEY_WITHIN);
+        match self.controller.halt(Duration::MAX) {
+            Ok(()) => {}
+            Err(error) if error.is_gone() => {
+                self.lose(&error.to_string());
+                return Err(error);
+            }
+            Err(error) => {
+                self.give_up(&error);
+                return Err(error);
+            }
+        }
+        self.forget_queues();
+        self.order_all(Order::Disabled);
+        self.wait_obeyed(OBEY_WITHIN);
+        let now = Instant::now();
+        self.resets.retain(|at| now.duration_since(*at) < RESETS_WINDOW);
+        self.resets.push_back(now);
+        let end = if self.resets.len() > RESETS_MAX {
+            let name = self.common.options.name.clone();
+            Err(NvmeError::Refused {
+                device: name,
+                reason: format!(
+                    "{RESETS_MAX} resets within {} s; the last: {why}",
+                    RESETS_WINDOW.as_secs()
+                ),
+            })
+        } else {
+            self.start_again()
+        };
+        match end {
+            Ok(()) => {
+                self.set_state(ControllerState::Enabled);
+                tracing::info!("{}: it works again", self.name());
+                Ok(())
+            }
+            Err(error) if error.is_gone() => {
+                self.lose(&error.to_string());
+                Err(error)
+            }
+            Err(error) => {
+                self.give_up(&error);
+                Err(error)
+            }
+        }
+    }
+
+    fn forget_queues(&mut self) {
+        for pair in &mut self.pairs {
+            (pair.exists, pair.late) = (false, None);
+        }
+        // Of another life.
+        self.stale_seen = self.controller.admin.stale_count();
+    }
+
+    fn start_again(&mut self) -> Result<(), NvmeError> {
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let error = match self.start_once() {
+                Ok(()) => return Ok(()),
+                Err(error) if error.is_gone() || tries >= STARTS_MAX => return Err(error),
+                Err(error) => error,
+            };
+            tracing::warn!("{}: {error}; resetting its PCI function", self.name());
+            // What was made in the first try is stopped and forgotten; pairs that ran for a moment obey once more.
+            self.order_all(Order::Hold);
+            self.wait_obeyed(OBEY_WITHIN);
+            self.controller.reset_function()?;
+            self.forget_queues();
+            self.order_all(Order::Disabled);
+            self.wait_obeyed(OBEY_WITHIN);
+        }
+    }
+
+    fn start_once(&mut self) -> Result<(), NvmeError> {
+        let (serial, model) = {
+            let data = &self.controller.data;
+            (data.serial.clone(), data.model.clone())
+        };
+        self.controller.enable()?;
+        self.controller.identify()?;
+        let data = &self.controller.data;
+        // Requests that were meant for one disk must not reach another one.
+        if (data.serial.as_str(), data.model.as_str()) != (serial.as_str(), model.as_str()) {
+            let found = format!("{} {}", data.model, data.serial);
+            return Err(self.controller.bar.nonsense(format!(
+                "it was {model} {serial} before its reset, and is {found} now"
+            )));
+        }
+        let most = self.pairs.iter().map(|pair| pair.queue_id).max().unwrap_or(0);
+        let granted = self.controller.ask_for_pairs(self.pairs_max)?;
+        if granted < most {
+            return Err(self.controller.bar.refused(format!(
+                "it grants {granted} queue pairs after its reset, {most} are in use; detach it and attach it again"
+            )));
+        }
+        self.controller.set_up_shadow(self.pairs_max)?;
+        // Before anything is sent again: a namespace that is another one now must not get it.
+        self.refresh_namespaces()?;
+        self.restart_pairs()?;
+        self.controller.watch_events()
+    }
+
+    /// Something wants the device back: what can be done cleanly is, the rest is cut off; all within 5 s.
+    pub(super) fn let_go(&mut self, why: &str) {
+        self.order_all(Order::Hold);
+        self.wait_obeyed(OBEY_SOON);
+        if let Err(error) = self.controller.disable(STOP_SOON) {
+            tracing::warn!("{}: {error}", self.name());
+        }
+        self.lose(why);
+    }
+
+    /// It is gone: whoever waits is told.
+    pub(super) fn lose(&mut self, why: &str) {
+        self.end(why, ControllerState::Removed, FailReason::Gone);
+    }
+
+    /// It is here, but no reset brings it back.
+    fn give_up(&mut self, error: &NvmeError) {
+        Tally::note(&self.common.tally.resets_failed);
+        self.end(&error.to_string(), ControllerState::Failed, FailReason::Reset);
+    }
+
+    fn end(&mut self, why: &str, state: ControllerState, reason: FailReason) {
+        if self.lost {
+            return;
+        }
+        self.lost = true;
+        tracing::error!("{}: it is lost: {why}", self.name());
+        // From here on it reaches no memory: bus master off, unmapped.
+        self.controller.backing.close();
+        self.common.status().last_error = Some(why.to_owned());
+        self.order_all(Order::Fail(reason));
+        self.wait_obeyed(OBEY_WITHIN);
+        self.set_state(state);
+        (self.events)(NvmeEvent::Removed { reason: why.to_owned() });
+    }
+
+    /// The orderly end.
+    pub(super) fn detach(&mut self) {
+        if !self.lost {
+            self.order_all(Order::Hold);
+            if !self.wait_obeyed(OBEY_WITHIN) {
+                tracing::warn!("{}: a reactor does not let go of it", self.name());
+            }
+            if let Err(error) = self.stop_politely() {
+                tracing::warn!("{}: {error}", self.name());
+            }
+            self.controller.backing.close();
+            self.lost = true;
+            self.order_all(Order::Fail(FailReason::Gone));
+            self.wait_obeyed(OBEY_WITHIN);
+        }
+        self.take_pairs_back();
+        self.common.unmap_bounces();
+        self.set_state(ControllerState::Detached);
+    }
+
+    fn stop_politely(&mut self) -> Result<(), NvmeError> {
+        for at in 0..self.pairs.len() {
+            if self.pairs[at].exists {
+                self.controller.delete_pair(self.pairs[at].queue_id)?;
+                self.pairs[at].exists = false;
+            }
+        }
+        self.controller.shut_down()
+    }
+
+    /// Out of the reactors, to be dropped here.
+    fn take_pairs_back(&mut self) {
+        let key = self.common.key;
+        for own in &self.common.homes {
+            let waiting = own.waiting.lock().ok().and_then(|mut waiting| waiting.take());
+            if waiting.is_some() {
+                continue;
+            }
+            let taken = own.reactor.ask(move |reactor| {
+                let devices = &mut reactor.cx.io.devices;
+                let slot: Option<DeviceSlot> = devices.find(key);
+                let pair = slot.and_then(|slot| devices.get::<QueuePair<B::Registers>>(slot));
+                // One with something to fetch stays: its channels are still there, and it costs nothing any more.
+                match pair {
+                    Some(pair) if pair.is_idle() => Some(devices.remove(key)),
+                    Some(_) => None,
+                    None => Some(None),
+                }
+            });
+            if !matches!(taken, Some(Some(_))) && !own.reactor.is_stopped() {
+                let name = &self.common.options.name;
+                tracing::warn!("{name}: a channel was not closed before it was detached");
+            }
+        }
+        for pair in std::mem::take(&mut self.pairs) {
+            self.common.retire_pair(&pair.shared);
+        }
+    }
+}
