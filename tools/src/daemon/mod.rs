@@ -15,4 +15,6 @@ pub mod jobs;
 pub mod log;
 mod nvme;
 mod nvme_open;
+#[cfg(test)]
+mod nvme_tests;
 mod views;
