@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use ringmill_core::spec::nvme::{cc, event, health, log, reg};
 
@@ -117,6 +118,11 @@ impl ModelControl {
     #[must_use]
     pub fn mapped_count(&self) -> usize {
         self.domain.regions_count()
+    }
+
+    /// What every further I/O command takes at least.
+    pub fn set_latency(&self, latency: Duration) {
+        self.call(move |machine| machine.options.latency = latency);
     }
 
     /// CSTS.CFS now.

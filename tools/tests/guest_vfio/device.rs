@@ -5,11 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use ringmill_core::bdev::conformance::Suite;
 use ringmill_core::mem::{DmaError, DmaMap, Mapping, SharedSlice, install_sigbus_handler};
 use ringmill_core::spec::nvme::{
     CQE_BYTES, IDENTIFY_BYTES, SQE_BYTES, Sqe, admin, cap, cc, csts, id_ctrl, reg,
 };
 use ringmill_core::units::{HostAddr, bytes_u64};
+use ringmill_drivers::nvme::{self, NvmeOptions};
 use ringmill_drivers::pci::{PciBacking, PciError, Registers};
 use ringmill_drivers::vfio::{VfioDevice, VfioRegisters};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -263,4 +265,38 @@ fn no_bus_master_no_memory(device: &VfioDevice, hand: &mut ByHand) {
     assert!(!hand.is_answered(), "an answer without bus mastering");
     device.set_bus_master(true).expect("on");
     assert_eq!(bytes_u64(hand.memory.len_bytes()), 3 * 4096);
+}
+
+/// Holds the device as a bus master until it is killed.
+#[test]
+#[ignore = "needs a device that vfio-pci has, and is killed"]
+fn hold() {
+    let device = open();
+    let mut hand = ByHand::new(&device);
+    device.set_bus_master(true).expect("on");
+    hand.enable();
+    println!("held");
+    std::thread::sleep(Duration::from_secs(600));
+}
+
+/// All namespaces pass the suite of all drivers.
+#[test]
+#[ignore = "needs a device that vfio-pci has; its data is lost"]
+fn conformance() {
+    let options = NvmeOptions { name: "n".to_owned(), ..NvmeOptions::default() };
+    let control = nvme::attach(open(), options, &[], Arc::new(|event| println!("{event:?}")))
+        .unwrap_or_else(|error| panic!("{error}"));
+    println!("{:?}", control.info());
+    let namespaces = control.namespaces();
+    assert!(!namespaces.is_empty());
+    for namespace in namespaces {
+        println!("{:?}", namespace.info);
+        let bdev = namespace.bdev.expect("a bdev");
+        let started = Instant::now();
+        // Under software emulation a request takes a tenth of a millisecond.
+        let requests_count = 1000;
+        Suite { requests_count, ..Suite::new(bdev) }.run();
+        println!("passed in {:?}", started.elapsed());
+    }
+    control.detach();
 }
