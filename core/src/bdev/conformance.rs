@@ -236,7 +236,6 @@ impl Suite {
             let granularity = geometry.discard_granularity_bytes;
             assert!(granularity.is_multiple_of(block), "discard granularity {granularity}");
         }
-        assert!(geometry.read_only || geometry.write_zeroes, "every driver can write zeroes");
         assert_eq!(self.bdev.rescan().expect("a rescan"), info.blocks_count());
     }
 
@@ -413,7 +412,8 @@ impl Suite {
     /// Makes up one request that overlaps none in flight and submits it.
     fn throw(&self, bed: &mut TestBed, entropy: &mut Entropy, flying: &[Flying]) -> Option<Flying> {
         let window = self.window_bytes();
-        let (op, flags) = pick_op(entropy, self.bdev.info().geometry().discard);
+        let geometry = self.bdev.info().geometry();
+        let (op, flags) = pick_op(entropy, (geometry.discard, geometry.write_zeroes));
         let unit = if entropy.below(2) == 0 { SECTOR } else { 4096 };
         let longest = match entropy.below(10) {
             0..=6 => 8 * SECTOR,
@@ -541,6 +541,10 @@ impl Suite {
             for flags in flag_sets {
                 assert_eq!(bed.write(0, &full), IoStatus::Ok);
                 let status = bed.run(IoOp::WriteZeroes, flags, offset, len, &[]);
+                if !geometry.write_zeroes {
+                    assert_eq!(status, IoStatus::Unsupported, "write-zeroes that is not offered");
+                    continue;
+                }
                 assert_eq!(status, IoStatus::Ok, "write-zeroes {flags:?} at {offset}+{len}");
                 let mut wanted = full.clone();
                 wanted[usize_of(offset)..usize_of(offset + len)].fill(0);
@@ -600,7 +604,7 @@ impl Suite {
     }
 }
 
-fn pick_op(entropy: &mut Entropy, discards: bool) -> (IoOp, IoFlags) {
+fn pick_op(entropy: &mut Entropy, (discards, zeroes): (bool, bool)) -> (IoOp, IoFlags) {
     let flags = match entropy.below(8) {
         0 => IoFlags::FUA,
         1..=3 => IoFlags::MAY_UNMAP,
@@ -610,7 +614,7 @@ fn pick_op(entropy: &mut Entropy, discards: bool) -> (IoOp, IoFlags) {
         0..=8 => (IoOp::Read, IoFlags::NONE),
         9..=16 if flags == IoFlags::MAY_UNMAP => (IoOp::Write, IoFlags::NONE),
         9..=16 => (IoOp::Write, flags),
-        17 => (IoOp::WriteZeroes, flags),
+        17 if zeroes => (IoOp::WriteZeroes, flags),
         18 if discards => (IoOp::Discard, IoFlags::NONE),
         _ => (IoOp::Flush, IoFlags::NONE),
     }

@@ -37,7 +37,16 @@ pub fn start(
     options: ModelOptions,
     namespaces: Vec<ModelNamespace>,
 ) -> Result<(ModelBacking, ModelControl), Box<dyn std::error::Error>> {
-    let link = Arc::new(Link::new(&options)?);
+    start_with_lies(options, namespaces, None)
+}
+
+/// The same; with lies that follow from these bytes.
+pub(super) fn start_with_lies(
+    options: ModelOptions,
+    namespaces: Vec<ModelNamespace>,
+    lies: Option<&[u8]>,
+) -> Result<(ModelBacking, ModelControl), Box<dyn std::error::Error>> {
+    let link = Arc::new(Link::new(&options, lies)?);
     let domain = Arc::new(ModelDomain::new(&link, options.iova_offset));
     let (for_thread, for_machine) = (Arc::clone(&link), options.clone());
     let core = options.core;

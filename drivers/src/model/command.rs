@@ -35,6 +35,9 @@ impl Machine {
             let refusal = Refusal::blame(status::CID_CONFLICT, "a command id that is in use");
             return Answer::Now(self.refuse(queue, sqe, refusal), 0);
         }
+        if self.is_shut_down {
+            self.link.counters.protocol_error(|| "a command after the shutdown".to_owned());
+        }
         if self.faults.has_rules()
             && let Some(answer) = self.misbehave(queue, sqe)
         {
@@ -150,7 +153,9 @@ impl Machine {
         let Some((offset_bytes, len_bytes)) = namespace.range(lba, blocks) else {
             return Err(Refusal::plain(status::LBA_OUT_OF_RANGE));
         };
-        if namespace.crosses(lba, blocks) {
+        // Reads and writes are what should not cross (NVM Command Set 1.0 §4.1.5.1, NOIOB).
+        let is_zeroes = sqe.0[0].to_le_bytes()[0] == nvm::WRITE_ZEROES;
+        if !is_zeroes && namespace.crosses(lba, blocks) {
             self.link.counters.add(Count::BoundaryCrossings, 1);
         }
         Ok((at, offset_bytes, len_bytes))

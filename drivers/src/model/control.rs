@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use ringmill_core::spec::nvme::{event, health, log};
 
@@ -86,6 +87,11 @@ impl ModelControl {
         self.call(move |machine| machine.faults.ready_is_stuck = is_stuck);
     }
 
+    /// A shutdown is never complete, or is again.
+    pub fn set_shutdown_stuck(&self, is_stuck: bool) {
+        self.call(move |machine| machine.faults.shutdown_is_stuck = is_stuck);
+    }
+
     /// Function resets fail, or work again.
     pub fn set_reset_fails(&self, fails: bool) {
         self.call(move |machine| machine.faults.reset_fails = fails);
@@ -105,6 +111,11 @@ impl ModelControl {
     #[must_use]
     pub fn mapped_count(&self) -> usize {
         self.domain.regions_count()
+    }
+
+    /// What every further I/O command takes at least.
+    pub fn set_latency(&self, latency: Duration) {
+        self.call(move |machine| machine.options.latency = latency);
     }
 
     /// CSTS.CFS now.

@@ -84,7 +84,10 @@ impl fmt::Debug for Link {
 }
 
 impl Link {
-    pub(super) fn new(options: &ModelOptions) -> Result<Link, Box<dyn std::error::Error>> {
+    pub(super) fn new(
+        options: &ModelOptions,
+        lies: Option<&[u8]>,
+    ) -> Result<Link, Box<dyn std::error::Error>> {
         let doorbells_shift = 2 + u32::from(options.doorbell_stride);
         let doorbells_bytes = (2 * (usize::from(options.io_queues_max) + 1)) << doorbells_shift;
         let len_bytes = reg::DOORBELLS + doorbells_bytes.next_multiple_of(PAGE_BYTES);
@@ -114,7 +117,7 @@ impl Link {
             vectors_mode: options.vectors,
             news: Mutex::default(),
             news_fd: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-            lies: options.lies.clone().map(|bytes| Mutex::new(Lies::new(bytes))),
+            lies: lies.map(|bytes| Mutex::new(Lies::new(bytes.to_vec()))),
         })
     }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use ringmill_core::mem::DmaDomain;
 
-use super::backing::{ModelBacking, start};
+use super::backing::{ModelBacking, start_with_lies};
 use super::control::ModelControl;
 use super::link::ModelRegisters;
 use super::options::{ModelNamespace, ModelOptions};
@@ -23,14 +23,13 @@ impl LyingBacking {
     /// the driver asks the same.
     ///
     /// # Errors
-    /// As for [`start`].
+    /// As for [`start`](super::start).
     pub fn start(
         bytes: &[u8],
         options: ModelOptions,
         namespaces: Vec<ModelNamespace>,
     ) -> Result<(LyingBacking, ModelControl), Box<dyn std::error::Error>> {
-        let options = ModelOptions { lies: Some(bytes.to_vec()), ..options };
-        let (backing, control) = start(options, namespaces)?;
+        let (backing, control) = start_with_lies(options, namespaces, Some(bytes))?;
         Ok((LyingBacking(backing), control))
     }
 }

@@ -384,6 +384,9 @@ impl Machine {
             namespace.what.medium.flush();
         }
         self.is_shut_down = true;
+        if self.faults.shutdown_is_stuck {
+            return;
+        }
         self.link.counters.add(Count::Shutdowns, 1);
         self.set_status(csts::RDY | csts::SHST_COMPLETE);
     }

@@ -98,8 +98,6 @@ pub struct ModelOptions {
     pub core: Option<usize>,
     /// Host address to IOVA. Not zero, so that a driver that confuses them fails.
     pub iova_offset: IovaOffset,
-    /// A seed for lies (see `LyingBacking`).
-    pub lies: Option<Vec<u8>>,
 }
 
 impl Default for ModelOptions {
@@ -137,7 +135,6 @@ impl Default for ModelOptions {
             spin: Duration::from_micros(20),
             core: None,
             iova_offset: IovaOffset(0x4000_0000_0000_u64.wrapping_neg()),
-            lies: None,
         }
     }
 }

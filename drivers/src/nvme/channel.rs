@@ -72,48 +72,42 @@ enum Taken {
 }
 
 impl Target {
-    /// The command that does as much of `request` from `done_bytes` on as one can; `None`: not even one block of it.
+    /// Opcode and flags of a request with data.
     #[inline]
+    fn transfer(&self, request: &IoRequest) -> Option<(u8, u32)> {
+        match request.op {
+            IoOp::Read => Some((nvm::READ, 0)),
+            IoOp::Write => Some((nvm::WRITE, self.fua(request))),
+            _ => None,
+        }
+    }
+
+    /// The command that does as much of `request` from `done_bytes` on as one can; `None`: not even one block of it.
     pub(super) fn step<R: Registers>(
         &self,
         request: &IoRequest,
         done_bytes: u64,
-        data: (&[Segment], Cursor),
+        (segments, cursor): (&[Segment], Cursor),
         (pair, slot): (&QueuePair<R>, u16),
     ) -> Option<Step> {
         let at_bytes = request.offset_bytes + done_bytes;
         let left_bytes = request.len_bytes - done_bytes;
-        let opcode = match request.op {
-            IoOp::Read => nvm::READ,
-            IoOp::Write => nvm::WRITE,
-            _ => return self.step_without_data(request, (at_bytes, left_bytes), (pair, slot)),
+        let Some((opcode, fua)) = self.transfer(request) else {
+            return self.step_without_data(request, (at_bytes, left_bytes), (pair, slot));
         };
-        let len_bytes = self.bounds.transfer_bytes(at_bytes, left_bytes);
-        let (segments, cursor) = data;
-        let simple = match segments {
-            [only] if cursor.number == 0 && cursor.skip_bytes == 0 => {
-                prp::of_two_pages(pair.offset().iova(only.host()).0, len_bytes)
-            }
-            _ => None,
-        };
-        let (pointer, len_bytes) = match simple {
-            Some(pointer) => (pointer, len_bytes),
-            None => {
-                let page = pair.page(slot);
-                self.bounds.point(segments, cursor, len_bytes, pair.offset(), page)
-            }
-        };
-        let blocks_z =
-            u32::try_from((len_bytes >> self.bounds.block_shift).checked_sub(1)?).ok()?;
-        let lba = at_bytes >> self.bounds.block_shift;
-        let dw12 = blocks_z | self.fua(request);
+        let bounds = &self.bounds;
+        let len_bytes = bounds.transfer_bytes(at_bytes, left_bytes);
+        let (pointer, len_bytes) =
+            bounds.point(segments, cursor, len_bytes, pair.offset(), pair.page(slot));
+        let lba = at_bytes >> bounds.block_shift;
+        let dw12 = bounds.blocks_z(len_bytes) | fua;
         let command = Command::new((opcode, self.nsid), pointer, lba, dw12);
-        Some(Step { command, len_bytes })
+        (len_bytes > 0).then_some(Step { command, len_bytes })
     }
 
     #[inline]
     fn fua(&self, request: &IoRequest) -> u32 {
-        let asked = request.op != IoOp::Read && request.flags.contains(IoFlags::FUA);
+        let asked = request.flags.contains(IoFlags::FUA);
         if asked && self.write_cache { nvm::DW12_FUA } else { 0 }
     }
 
@@ -140,7 +134,7 @@ impl Target {
             IoOp::WriteZeroes => {
                 let limits = self.write_zeroes?;
                 let len_bytes = self.bounds.zeroes_bytes(left_bytes, limits.blocks_max);
-                let blocks_z = u32::try_from((len_bytes >> shift).checked_sub(1)?).ok()?;
+                let blocks_z = self.bounds.blocks_z(len_bytes);
                 let unmap = limits.deallocate && request.flags.contains(IoFlags::MAY_UNMAP);
                 let deac = if unmap { nvm::DW12_DEAC } else { 0 };
                 let dw12 = blocks_z | self.fua(request) | deac;
@@ -156,7 +150,6 @@ impl Target {
     }
 
     /// How a request ends that needs no command; `None` when it needs one.
-    #[inline]
     fn verdict(&self, request: &IoRequest) -> Option<IoStatus> {
         let supported = match request.op {
             IoOp::Read | IoOp::Write => return None,
@@ -228,7 +221,7 @@ impl<R: Registers> NvmeChannel<R> {
     }
 
     /// Takes one request, if there is a slot for it.
-    #[inline]
+    #[inline(always)]
     fn take(
         &mut self,
         (pair, lists): (&mut QueuePair<R>, &mut SegmentLists),
@@ -236,10 +229,43 @@ impl<R: Registers> NvmeChannel<R> {
         request: &IoRequest,
         segments: &[Segment],
     ) -> Taken {
+        if let [only] = segments
+            && let Some((opcode, fua)) = self.target.transfer(request)
+        {
+            // Nearly all: one piece of at most two pages, in one command.
+            let at = pair.offset().iova(only.host()).0;
+            let (at_bytes, len_bytes) = (request.offset_bytes, request.len_bytes);
+            let bounds = &self.target.bounds;
+            if let Some(data) = prp::of_two_pages(at, len_bytes)
+                && bounds.transfer_bytes(at_bytes, len_bytes) == len_bytes
+            {
+                let Some(slot) = pair.slots.take(member) else { return Taken::No };
+                let blocks_z = bounds.blocks_z(len_bytes);
+                let head = (opcode, self.target.nsid);
+                let lba = at_bytes >> bounds.block_shift;
+                let owner = Owner { member, tag: request.tag, part: false };
+                pair.send(slot, owner, Command::new(head, data, lba, blocks_z | fua));
+                return Taken::Yes;
+            }
+        }
+        self.take_other((pair, lists), member, request, segments)
+    }
+
+    /// The others.
+    #[inline(never)]
+    fn take_other(
+        &mut self,
+        (pair, lists): (&mut QueuePair<R>, &mut SegmentLists),
+        member: MemberId,
+        request: &IoRequest,
+        segments: &[Segment],
+    ) -> Taken {
+        if let Some(status) = self.target.verdict(request) {
+            return self.end_here(request.tag, status);
+        }
         let Some(slot) = pair.slots.take(member) else { return Taken::No };
         let data = (segments, Cursor::default());
-        let step = self.target.step(request, 0, data, (pair, slot));
-        match step {
+        match self.target.step(request, 0, data, (pair, slot)) {
             Some(step) if step.len_bytes == request.len_bytes => {
                 let owner = Owner { member, tag: request.tag, part: false };
                 pair.send(slot, owner, step.command);
@@ -334,11 +360,8 @@ impl<R: Registers> Channel for NvmeChannel<R> {
         let room = self.room_on(pair, member);
         let mut taken = 0;
         for request in batch.requests().iter().take(room) {
-            let outcome = match self.target.verdict(request) {
-                None => self.take((pair, lists), member, request, batch.segments(request)),
-                Some(status) => self.end_here(request.tag, status),
-            };
-            if matches!(outcome, Taken::No) {
+            let segments = batch.segments(request);
+            if matches!(self.take((pair, lists), member, request, segments), Taken::No) {
                 break;
             }
             taken += 1;

@@ -9,12 +9,13 @@ mod admin;
 mod attach;
 mod bdev;
 mod channel;
-mod common;
 mod controller;
 mod error;
 mod identify;
 mod inquiry;
 mod job;
+mod joint;
+
 mod list;
 mod namespaces;
 mod options;

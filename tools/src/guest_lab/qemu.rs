@@ -43,8 +43,8 @@ impl DiskConfig {
 pub struct NvmeConfig {
     /// More properties of the controller, each starting with a comma: `,mdts=1,cmb_size_mb=16`.
     pub properties: String,
-    /// Where it is plugged in; by default into the root bus, the first at 0000:00:10.0, the next at 0000:00:11.0.
-    pub bus: Option<String>,
+    /// Where it is plugged in, in QEMU's words; by default `addr=0x10`, the next `addr=0x11`, on the root bus.
+    pub place: Option<String>,
     /// Its namespaces, numbered from 1.
     pub namespaces: Vec<NamespaceConfig>,
 }
@@ -215,10 +215,8 @@ fn arguments(
         );
     }
     for (index, nvme) in config.nvme.iter().enumerate() {
-        let place = match &nvme.bus {
-            Some(bus) => format!("bus={bus}"),
-            None => format!("addr={:#x}", NVME_SLOT_FIRST + index),
-        };
+        let place =
+            nvme.place.clone().unwrap_or_else(|| format!("addr={:#x}", NVME_SLOT_FIRST + index));
         let properties = &nvme.properties;
         option("device", format!("nvme,id=nvme{index},serial=lab{index},{place}{properties}"));
         for (number, namespace) in (1..).zip(&nvme.namespaces) {

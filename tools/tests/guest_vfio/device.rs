@@ -5,11 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use ringmill_core::bdev::conformance::Suite;
 use ringmill_core::mem::{DmaError, DmaMap, Mapping, SharedSlice, install_sigbus_handler};
 use ringmill_core::spec::nvme::{
     CQE_BYTES, IDENTIFY_BYTES, SQE_BYTES, Sqe, admin, cap, cc, csts, id_ctrl, reg,
 };
 use ringmill_core::units::{HostAddr, bytes_u64};
+use ringmill_drivers::nvme::{self, NvmeOptions};
 use ringmill_drivers::pci::{PciBacking, PciError, Registers};
 use ringmill_drivers::vfio::{VfioDevice, VfioRegisters};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -179,8 +181,8 @@ fn by_hand() {
     hand.send_identify();
     wait("the answer", || hand.is_answered());
     assert!(came(&vector, WAIT_MAX), "no interrupt");
-    device.unmask(0).expect("unmasked");
     assert_eq!(hand.take(), 0);
+    device.unmask(0).expect("unmasked");
     let data = hand.data();
     println!("model {}", String::from_utf8_lossy(&data[id_ctrl::MN..id_ctrl::MN + 40]).trim_end());
     assert!(data[id_ctrl::MN..id_ctrl::MN + 40].iter().all(|byte| (0x20..0x7f).contains(byte)));
@@ -228,6 +230,33 @@ fn by_hand() {
     drop(again);
 }
 
+/// Says why the device cannot be opened.
+#[test]
+#[ignore = "needs a device that cannot be had"]
+fn refused() {
+    let error = VfioDevice::open(&address()).expect_err("a device that cannot be had");
+    assert!(matches!(error, PciError::Refused { .. }), "{error:?}");
+    println!("refused: {error}");
+}
+
+/// Under a limit of 8 MiB, and without the right to ignore it.
+#[test]
+#[ignore = "needs a device that vfio-pci has, and ulimit -l 8192"]
+fn memlock() {
+    let device = open();
+    let dma = device.dma();
+    let pool = |mib: usize| Arc::new(Mapping::pool(mib << 20).expect("memory"));
+    let small = DmaMap::new(&dma, &pool(6)).expect("6 of 8 MiB");
+    let error = DmaMap::new(&dma, &pool(4)).expect_err("10 of 8 MiB");
+    assert!(matches!(error, DmaError::Memlock { need_bytes: 0xa0_0000, .. }), "{error:?}");
+    println!("refused: {error}");
+    // What is unmapped counts no more, and a refusal leaves nothing behind.
+    drop(small);
+    let others = [pool(4), pool(4)].map(|memory| DmaMap::new(&dma, &memory).expect("8 of 8 MiB"));
+    drop(others);
+    assert!(DmaMap::new(&dma, &Arc::new(Mapping::anonymous(8 << 20).expect("memory"))).is_ok());
+}
+
 /// With bus mastering off a command is not even fetched; on again, it is.
 fn no_bus_master_no_memory(device: &VfioDevice, hand: &mut ByHand) {
     device.set_bus_master(false).expect("off");
@@ -236,4 +265,38 @@ fn no_bus_master_no_memory(device: &VfioDevice, hand: &mut ByHand) {
     assert!(!hand.is_answered(), "an answer without bus mastering");
     device.set_bus_master(true).expect("on");
     assert_eq!(bytes_u64(hand.memory.len_bytes()), 3 * 4096);
+}
+
+/// Holds the device as a bus master until it is killed.
+#[test]
+#[ignore = "needs a device that vfio-pci has, and is killed"]
+fn hold() {
+    let device = open();
+    let mut hand = ByHand::new(&device);
+    device.set_bus_master(true).expect("on");
+    hand.enable();
+    println!("held");
+    std::thread::sleep(Duration::from_secs(600));
+}
+
+/// All namespaces pass the suite of all drivers.
+#[test]
+#[ignore = "needs a device that vfio-pci has; its data is lost"]
+fn conformance() {
+    let options = NvmeOptions { name: "n".to_owned(), ..NvmeOptions::default() };
+    let control = nvme::attach(open(), options, &[], Arc::new(|event| println!("{event:?}")))
+        .unwrap_or_else(|error| panic!("{error}"));
+    println!("{:?}", control.info());
+    let namespaces = control.namespaces();
+    assert!(!namespaces.is_empty());
+    for namespace in namespaces {
+        println!("{:?}", namespace.info);
+        let bdev = namespace.bdev.expect("a bdev");
+        let started = Instant::now();
+        // Under software emulation a request takes a tenth of a millisecond.
+        let requests_count = 1000;
+        Suite { requests_count, ..Suite::new(bdev) }.run();
+        println!("passed in {:?}", started.elapsed());
+    }
+    control.detach();
 }

@@ -69,6 +69,13 @@ fn state(index: u32, value: u32) -> Vec<u8> {
     [index.to_ne_bytes(), value.to_ne_bytes()].concat()
 }
 
+/// SET_MEM_TABLE's payload and descriptors.
+fn table<'a>(regions: &[&'a Memory]) -> (Vec<u8>, Vec<BorrowedFd<'a>>) {
+    let mut payload = state(u32::try_from(regions.len()).unwrap(), 0);
+    payload.extend(regions.iter().flat_map(|region| words(&region.region())));
+    (payload, regions.iter().map(|region| region.file.as_fd()).collect())
+}
+
 /// A piece of guest memory.
 pub struct Memory {
     pub file: File,
@@ -188,18 +195,37 @@ impl FrontEnd {
 
     /// The whole table at once.
     pub fn set_memory(&mut self, regions: &[&Memory]) {
-        let mut payload = state(u32::try_from(regions.len()).unwrap(), 0);
-        payload.extend(regions.iter().flat_map(|region| words(&region.region())));
-        let fds: Vec<BorrowedFd<'_>> = regions.iter().map(|region| region.file.as_fd()).collect();
+        let (payload, fds) = table(regions);
         self.tell(SET_MEM_TABLE, &payload, &fds);
     }
 
+    /// The same, and what the back-end says to it.
+    pub fn set_memory_answer(&mut self, regions: &[&Memory]) -> u64 {
+        let (payload, fds) = table(regions);
+        self.send(SET_MEM_TABLE, &payload, &fds, true);
+        self.u64_reply(SET_MEM_TABLE)
+    }
+
     pub fn add_memory(&mut self, region: &Memory) {
-        self.tell(
-            ADD_MEM_REG,
-            &words(&[&[0], &region.region()[..]].concat()),
-            &[region.file.as_fd()],
-        );
+        self.send_add_memory(region);
+        self.added();
+    }
+
+    /// The same, and what the back-end says to it.
+    pub fn add_memory_answer(&mut self, region: &Memory) -> u64 {
+        self.send_add_memory(region);
+        self.u64_reply(ADD_MEM_REG)
+    }
+
+    /// Waits until the region that was sent is there.
+    pub fn added(&mut self) {
+        assert_eq!(self.u64_reply(ADD_MEM_REG), 0, "the region was refused");
+    }
+
+    /// The same without waiting for the answer.
+    pub fn send_add_memory(&mut self, region: &Memory) {
+        let payload = words(&[&[0], &region.region()[..]].concat());
+        self.send(ADD_MEM_REG, &payload, &[region.file.as_fd()], true);
     }
 
     pub fn remove_memory(&mut self, region: &Memory) {
@@ -219,6 +245,18 @@ impl FrontEnd {
 
     /// Starts a ring at an index and waits until that is done.
     pub fn start(&mut self, ring: &Ring, base: u16) {
+        self.prepare(ring, base);
+        self.tell(SET_VRING_KICK, &words(&[u64::from(ring.index)]), &[ring.kick.as_fd()]);
+        self.enable(ring, true);
+    }
+
+    /// Starts a ring without waiting for an answer.
+    pub fn start_blindly(&mut self, ring: &Ring, base: u16) {
+        self.prepare(ring, base);
+        self.send(SET_VRING_KICK, &words(&[u64::from(ring.index)]), &[ring.kick.as_fd()], false);
+    }
+
+    fn prepare(&mut self, ring: &Ring, base: u16) {
         let index = ring.index;
         let user = ring.memory_guest + USER_OFFSET;
         self.tell(SET_VRING_NUM, &state(index, u32::from(ring.size)), &[]);
@@ -227,8 +265,6 @@ impl FrontEnd {
         payload.extend(words(&[user + ring.desc, user + ring.used, user + ring.avail, 0]));
         self.tell(SET_VRING_ADDR, &payload, &[]);
         self.tell(SET_VRING_CALL, &words(&[u64::from(index)]), &[ring.call.as_fd()]);
-        self.tell(SET_VRING_KICK, &words(&[u64::from(index)]), &[ring.kick.as_fd()]);
-        self.enable(ring, true);
     }
 
     /// Gives a running ring other descriptors for kicks and interrupts.

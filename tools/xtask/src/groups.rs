@@ -18,8 +18,8 @@ use crate::{packages, provision};
 /// Seeds of the simulator in a full run.
 const SIM_SEEDS: u64 = 100;
 
-/// The integration test that boots guests; a group of its own.
-const GUEST_TEST: &str = "guest";
+/// The integration tests that boot guests; a group of their own.
+const GUEST_TESTS: [&str; 2] = ["guest", "guest_vfio"];
 
 /// A group of tests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -171,7 +171,7 @@ fn unit(root: &Path, skipped_file: &Path) -> Result<GroupOutcome> {
     let path = skipped_file.to_string_lossy();
     let env = [("RINGMILL_SKIPPED_FILE", path.as_ref())];
     if has_nextest(root) {
-        let not_guest = format!("not binary({GUEST_TEST})");
+        let not_guest = GUEST_TESTS.map(|name| format!("not binary({name})")).join(" & ");
         return Ok(passed(cargo(
             root,
             &["nextest", "run", "--workspace", "-E", &not_guest],
@@ -181,7 +181,7 @@ fn unit(root: &Path, skipped_file: &Path) -> Result<GroupOutcome> {
     // Plain cargo has no way to leave one test binary out, only to name all the others.
     let mut args = vec!["test", "--workspace", "--lib", "--bins", "--no-fail-fast"];
     let names = integration_tests(root)?;
-    for name in names.iter().filter(|name| *name != GUEST_TEST) {
+    for name in names.iter().filter(|name| !GUEST_TESTS.contains(&name.as_str())) {
         args.extend(["--test", name]);
     }
     Ok(passed(cargo(root, &args, &env)?))
@@ -203,16 +203,9 @@ fn guest_group(root: &Path, skipped_file: &Path) -> Result<GroupOutcome> {
 }
 
 fn run_guests(root: &Path, filter: Option<&str>, env: &[(&str, &str)]) -> Result<bool> {
-    let mut args = vec![
-        "test",
-        "--package",
-        "ringmill-tools",
-        "--test",
-        GUEST_TEST,
-        "--",
-        "--test-threads=1",
-        "--nocapture",
-    ];
+    let mut args = vec!["test", "--package", "ringmill-tools", "--no-fail-fast"];
+    args.extend(GUEST_TESTS.iter().flat_map(|name| ["--test", name]));
+    args.extend(["--", "--test-threads=1", "--nocapture"]);
     args.extend(filter);
     cargo(root, &args, env)
 }

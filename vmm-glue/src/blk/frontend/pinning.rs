@@ -34,6 +34,9 @@ impl FrontEnd {
     /// What status output shows.
     pub(in super::super) fn pin_view(&self) -> PinView {
         let regions = self.mem.regions();
+        if self.has_domain && self.bdev.is_none() {
+            return PinView::Off;
+        }
         if self.has_domain {
             let all_on = !regions.is_empty() && !self.mem.lacks_dma();
             return if all_on { PinView::On } else { PinView::Pinning };
