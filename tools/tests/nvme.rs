@@ -418,11 +418,12 @@ fn a_configuration_file_attaches_and_shows_a_namespace() {
     );
     fs::write(&file, text).expect("a file");
     let daemon = Daemon::with(["-m", "3", "--config", file.to_str().expect("UTF-8")]);
+    // Answered when the configuration has been loaded.
+    assert_eq!(shown(&daemon, "Nvme0")["io_queues"], 1);
     let mut exercise = exercise(&daemon.socket("vm1"), 2);
     let span = exercise.sectors_count();
     exercise.random_rounds(400, span, 64);
     exercise.verify();
-    assert_eq!(shown(&daemon, "Nvme0")["io_queues"], 1);
     device.assert_content();
     daemon.stop();
 

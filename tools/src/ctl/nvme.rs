@@ -18,7 +18,7 @@ pub(super) enum NvmeCommand {
     /// Drive a controller from the daemon; its namespaces become disks that `disk add --bdev` shows to guests
     #[command(after_help = "Examples:
   ringmillctl pci bind 0000:01:00.0 && ringmillctl nvme attach Nvme0 --pci 0000:01:00.0
-  ringmillctl nvme attach Nvme1 --socket /run/vfu/cntrl
+  ringmillctl nvme attach Nvme1 --vfio-user /run/vfu/cntrl
   ringmillctl disk add vm1 --bdev Nvme0n1")]
     Attach(AttachArgs),
     /// All controllers
@@ -41,7 +41,7 @@ pub(super) enum NvmeCommand {
 }
 
 #[derive(Debug, Args)]
-#[command(group = clap::ArgGroup::new("place").required(true).args(["pci", "socket"]))]
+#[command(group = clap::ArgGroup::new("place").required(true).args(["pci", "vfio_user"]))]
 pub(super) struct AttachArgs {
     /// Name of the controller; its disks are called NAMEn1, NAMEn2 …
     name: String,
@@ -50,7 +50,7 @@ pub(super) struct AttachArgs {
     pci: Option<String>,
     /// The socket of a vfio-user controller, or the directory where it is called cntrl
     #[arg(long, value_name = "PATH")]
-    socket: Option<PathBuf>,
+    vfio_user: Option<PathBuf>,
     /// I/O queues [default: one per reactor]
     #[arg(long, value_name = "N")]
     queues: Option<u32>,
@@ -126,15 +126,15 @@ fn place(args: &AttachArgs) -> Result<(&'static str, String), CtlError> {
         })?;
         return Ok(("PCIe", address.to_string()));
     }
-    let Some(socket) = &args.socket else {
-        return Err(CtlError::Usage("give --pci or --socket".to_owned()));
+    let Some(socket) = &args.vfio_user else {
+        return Err(CtlError::Usage("give --pci or --vfio-user".to_owned()));
     };
     // The daemon has another working directory.
     let path = std::path::absolute(socket).unwrap_or_else(|_| socket.clone());
     match path.to_str() {
         Some(path) => Ok(("vfiouser", path.to_owned())),
         None => Err(CtlError::Usage(format!(
-            "--socket: {} is not UTF-8, which the RPC cannot carry",
+            "--vfio-user: {} is not UTF-8, which the RPC cannot carry",
             path.display()
         ))),
     }
