@@ -352,6 +352,24 @@ fn a_bus_error_and_a_user_reset_it_under_load() {
     rig.finish();
 }
 
+/// A thread that plays reactor and does something else while the controller is reset.
+#[test]
+fn a_pair_that_nobody_polls_gets_its_queues_when_it_has_obeyed() {
+    let rig = Rig::new(quick(), patient());
+    let mut bed = TestBed::new(&*rig.bdev(1));
+    all_ok(&writes_during(&mut bed, 9, || {}));
+    let start = Instant::now();
+    rig.control.reset().expect("a reset that waits for nobody");
+    assert!(start.elapsed() < Duration::from_secs(10));
+    let made = rig.model.counters().admin(admin::CREATE_SQ);
+    assert_eq!(made, 1, "its rings still hold entries of another life");
+    all_ok(&writes_during(&mut bed, 32, || {}));
+    is_written(&mut bed, 32);
+    assert_eq!(rig.model.counters().admin(admin::CREATE_SQ), 2);
+    bed.finish();
+    rig.finish();
+}
+
 #[test]
 fn resets_without_end_are_given_up() {
     let rig = Rig::new(quick(), options());

@@ -337,7 +337,11 @@ impl Machine {
     }
 
     /// CC.EN became 0.
-    fn disable(&mut self) {
+    pub(super) fn disable(&mut self) {
+        if self.faults.ready_is_stuck && self.state == State::Ready {
+            // It does not listen: it goes on, and writes to memory.
+            return;
+        }
         let was_off = self.state == State::Off;
         self.forget();
         if was_off {

@@ -77,13 +77,13 @@ impl Registers for Echo {
 }
 
 /// A disk on it, one channel only.
-pub struct EchoBdev {
+pub(crate) struct EchoBdev {
     info: Arc<BdevInfo>,
     sgl: bool,
 }
 
 impl EchoBdev {
-    pub fn new(sgl: bool) -> EchoBdev {
+    pub(crate) fn new(sgl: bool) -> EchoBdev {
         let geometry = Geometry {
             block_bytes: 512,
             physical_block_bytes: 512,

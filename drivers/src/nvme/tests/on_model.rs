@@ -73,6 +73,7 @@ impl Default for Like {
 const BYTES: u64 = 16 << 20;
 
 impl OnModel {
+    #[expect(clippy::field_reassign_with_default, reason = "the options have a private field")]
     fn new(like: Like) -> Arc<OnModel> {
         let mut options = ModelOptions::default();
         options.mdts = like.mdts;
