@@ -22,7 +22,7 @@ pub(super) enum DiskCommand {
   ringmillctl disk add scratch --ram 1GiB
   ringmillctl disk add vm3 --bdev Nvme0n1              (after `ringmillctl nvme attach`)
   ringmillctl disk add bench --null 100G --no-controller")]
-    Add(AddArgs),
+    Add(Box<AddArgs>),
     /// All disks
     List,
     /// Take a disk away from its guest and close it; the image file stays
