@@ -297,7 +297,10 @@ fn nonsense_is_survived_by_a_reset() {
     for action in nonsense {
         let bdev = OnModel::new(Like { entries: 32, ..Like::default() });
         let mut bed = TestBed::new(&*bdev);
-        bdev.control.rule(Match::io(nvm::READ).after(3).once(), action);
+        let what = Match::io(nvm::READ).after(3);
+        // Garbage is seen only where the driver looks before a completion lies there; half of it shows the other phase.
+        let again_and_again = matches!(action, Action::GarbageRing);
+        bdev.control.rule(if again_and_again { what } else { what.once() }, action);
         let (shared, memory) = bdev.pairs.lock().unwrap()[0].clone();
         bed.turn(|_, _| ());
         for arena in 0..20 {
@@ -316,6 +319,7 @@ fn nonsense_is_survived_by_a_reset() {
             assert!(since.elapsed() < Duration::from_secs(20), "{action:?}");
         }
         assert!(matches!(shared.trouble(), Some(Trouble::StrangeCid | Trouble::StrangeHead)));
+        bdev.control.clear_rules();
         // What the controller's thread would do.
         let obey = |bed: &mut TestBed, order| {
             shared.order(order);
