@@ -9,7 +9,7 @@ use clap::Args;
 /// What is handed on to the program that measures.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// Measure only these sections (comma-separated): depth, size, disks, paper, peers, uring, idle, fairness, cross, quiet
+    /// Measure only these sections (comma-separated): depth, size, disks, paper, peers, uring, idle, fairness, cross, nvme, quiet
     #[arg(long)]
     only: Option<String>,
     /// Rounds; each point is measured once per round
@@ -38,7 +38,18 @@ pub(crate) fn run(root: &Path, options: &Options) -> Result<bool> {
             "--package",
             "ringmill-benches",
         ])
-        .args(["--bin", "ringmilld", "--bin", "ringmill-perf", "--bin", "marks"])
+        .args(["--package", "ringmill-drivers", "--features", "ringmill-drivers/model"])
+        .args([
+            "--bin",
+            "ringmilld",
+            "--bin",
+            "ringmill-perf",
+            "--bin",
+            "marks",
+            "--bin",
+            "nvme-model",
+        ])
+        .args(["--example", "model_speed"])
         .current_dir(root)
         .status()
         .context("cannot run cargo")?;

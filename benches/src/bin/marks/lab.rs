@@ -22,6 +22,8 @@ const SEED: u64 = 7;
 /// What the measurements share.
 pub(crate) struct Lab {
     pub(crate) dir: PathBuf,
+    /// Where all programs are.
+    pub(crate) programs: PathBuf,
     pub(crate) ringmilld: PathBuf,
     pub(crate) perf: PathBuf,
     pub(crate) server_core: u32,

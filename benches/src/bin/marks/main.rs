@@ -95,6 +95,7 @@ fn measure(args: &Args, results: &mut Results, stored: &Path) -> anyhow::Result<
     let dir = tempfile::tempdir_in(&args.programs).context("cannot create a directory")?;
     let lab = Lab {
         dir: dir.path().to_owned(),
+        programs: args.programs.clone(),
         ringmilld,
         perf,
         server_core: args.server_core,

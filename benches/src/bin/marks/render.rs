@@ -86,6 +86,14 @@ const TEXTS: &[(&str, &str, &str)] = &[
         to a reactor on the other core that owns its only queue.",
     ),
     (
+        "nvme",
+        "The NVMe driver",
+        "4 KiB random reads through the driver on a controller in software (`nvme-model`, null medium) that runs on the \
+        other core and is reached over vfio-user: doorbells and queues are shared memory. Beside it the same generator on a \
+        null bdev, which is what the generator costs, and a bare loop on the model, which is what the model can do. Cycles \
+        are of the client's core, generator included.",
+    ),
+    (
         "quiet",
         "System calls",
         "System calls of the reactor's thread within a second under load, as strace counts them; a lock \

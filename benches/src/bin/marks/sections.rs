@@ -6,13 +6,14 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use ringmill_core::reactor::tick_rate;
 use serde_json::{Value, json};
 
 use crate::lab::{Lab, Point, Who, figure};
 use crate::medium;
 use crate::reference::Copier;
 use crate::results::{Figure, Row, Section};
-use crate::servers::{Ringmilld, StorageDaemon, fio, fio_args};
+use crate::servers::{NvmeModel, Ringmilld, StorageDaemon, fio, fio_args};
 
 /// Names, in the order of the report, and what measures them.
 pub(crate) const SECTIONS: &[(&str, Measure)] = &[
@@ -25,6 +26,7 @@ pub(crate) const SECTIONS: &[(&str, Measure)] = &[
     ("idle", idle),
     ("fairness", fairness),
     ("cross", cross),
+    ("nvme", nvme),
     ("quiet", quiet),
     ("figures", figures),
 ];
@@ -443,6 +445,33 @@ fn cross(lab: &Lab, section: &mut Section) -> anyhow::Result<()> {
         }
     }
     lab.measure("cross", section, &daemon, points)
+}
+
+/// The NVMe driver on the device model, a process of its own on the other core, with a null medium behind it.
+fn nvme(lab: &Lab, section: &mut Section) -> anyhow::Result<()> {
+    let daemon = Ringmilld::start(lab)?;
+    let model = NvmeModel::start(lab)?;
+    let command =
+        "ringmill-perf --core CLIENT_CORE --bdev null|nvme:SOCKET -w randread -o 4k -q DEPTH";
+    section.commands = vec![command.to_owned(), model.command(), NvmeModel::CEILING.to_owned()];
+    let bdev = format!("nvme:{}", model.socket());
+    let (model, bdev) = (&model, &bdev);
+    let mut points = Vec::new();
+    for depth in ["1", "32", "128"] {
+        let x = depth.parse()?;
+        for (series, bdev) in [("NVMe driver", bdev.as_str()), ("null bdev, no device", "null")] {
+            points.push(Point::new(series, x, Who::Peer, move || {
+                let found = figure(&lab.perf(&[], &["--bdev", bdev, "-q", depth])?, 0);
+                #[expect(clippy::cast_precision_loss, reason = "figures for people")]
+                let cycles = tick_rate() as f64 / found.iops;
+                Ok(Figure { cycles, ..found })
+            }));
+        }
+        points.push(Point::new("bare loop on the model", x, Who::Peer, move || {
+            model.ceiling(lab, x)
+        }));
+    }
+    lab.measure("nvme", section, &daemon, points)
 }
 
 /// System calls of the reactor's thread while a polling client keeps it busy.

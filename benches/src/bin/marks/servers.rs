@@ -48,6 +48,61 @@ fn wait_for(path: &Path, child: &mut Running) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// An NVMe controller in software on the server core, reached over vfio-user.
+pub(crate) struct NvmeModel {
+    socket: PathBuf,
+    ceiling: PathBuf,
+    _child: Running,
+}
+
+impl NvmeModel {
+    /// What the model does at most, without the driver.
+    pub(crate) const CEILING: &str = "model_speed DEPTH SECONDS CLIENT_CORE SERVER_CORE";
+
+    /// Starts one with a null medium.
+    pub(crate) fn start(lab: &Lab) -> anyhow::Result<NvmeModel> {
+        let socket = tempfile::tempdir_in(&lab.dir)?.keep().join("nvme.sock");
+        let program = lab.programs.join("nvme-model");
+        let child = Command::new(&program)
+            .args(["--medium", "null", "--block", "4096", "--size", "1g"])
+            .args(["--core", &lab.server_core.to_string(), "--socket"])
+            .arg(&socket)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .with_context(|| format!("cannot start {}", program.display()))?;
+        let mut child = Running(child);
+        wait_for(&socket, &mut child)?;
+        Ok(NvmeModel { socket, ceiling: lab.programs.join("examples/model_speed"), _child: child })
+    }
+
+    /// Its socket.
+    pub(crate) fn socket(&self) -> String {
+        self.socket.display().to_string()
+    }
+
+    /// For the report.
+    pub(crate) fn command(&self) -> String {
+        "nvme-model --medium null --block 4096 --size 1g --core SERVER_CORE --socket SOCKET"
+            .to_owned()
+    }
+
+    /// A bare loop, in a process of its own, on a model like this one.
+    pub(crate) fn ceiling(&self, lab: &Lab, depth: u64) -> anyhow::Result<Figure> {
+        let output = Command::new(&self.ceiling)
+            .args([depth.to_string(), "1".to_owned()])
+            .args([lab.client_core.to_string(), lab.server_core.to_string()])
+            .stdin(Stdio::null())
+            .output()
+            .context("cannot start model_speed")?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let rate = text.split(": ").nth(1).and_then(|rest| rest.split(' ').next());
+        let iops = rate.and_then(|rate| rate.parse().ok());
+        let iops = iops.with_context(|| format!("model_speed says {text:?}"))?;
+        Ok(Figure { iops, ..Figure::default() })
+    }
+}
+
 /// A running ringmilld with one reactor.
 pub(crate) struct Ringmilld {
     dir: PathBuf,
