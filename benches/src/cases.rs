@@ -7,7 +7,7 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use crossbeam_queue::ArrayQueue;
 use ringmill_core::bdev::Bdev;
 use ringmill_core::io::{Batch, IoOp};
@@ -20,6 +20,7 @@ use ringmill_drivers::null::{NullBdev, NullOptions};
 use ringmill_drivers::uring::{CacheMode, UringBdev, UringOptions};
 use ringmill_vmm_glue::virtq::Virtqueue;
 
+use crate::nvme::{NvmeDisk, NvmeRig};
 use crate::rig::{Format, Guest, MEDIUM_BYTES, Packed, Split, WorkerRig, pattern};
 
 /// Rounds whose instructions are not counted.
@@ -83,6 +84,9 @@ pub const CASES: &[Case] = &[
     case("null, packed, indirect, batch 32", |c| null::<Packed>(c, 32, true)),
     Case { name: "malloc, split, batch 32, without copying", without_libc: true, run: malloc },
     case("uring, split, batch 32, outside the kernel", uring),
+    case("nvme, the driver alone, batch 1", |c| nvme_alone(c, 1)),
+    case("nvme, the driver alone, batch 32", |c| nvme_alone(c, 32)),
+    case("nvme, split, batch 32", nvme),
     case("idle queue, split, one look", idle::<Split>),
     case("idle queue, packed, one look", idle::<Packed>),
     case("chain walk, split", |c| chains::<Split>(c, false)),
@@ -163,6 +167,54 @@ fn uring(count: &mut Count) -> anyhow::Result<()> {
         let mut fresh = 32;
         rig.round(32, |rig| {
             // Two passes, however long the kernel takes: one submits, one finds everything finished.
+            let mut pass = || {
+                rig.pass();
+                rig.turn_ring();
+            };
+            if round < WARM_ROUNDS {
+                pass();
+            } else {
+                count.window(std::mem::take(&mut fresh), pass);
+            }
+            std::thread::sleep(SETTLE);
+        })?;
+    }
+    Ok(())
+}
+
+/// The driver on the device model: entries written, one doorbell, completions taken. No worker above it.
+fn nvme_alone(count: &mut Count, batch: usize) -> anyhow::Result<()> {
+    let mut rig = NvmeRig::new(batch)?;
+    let mut submitted = 0;
+    for round in 0..WARM_ROUNDS + ROUNDS {
+        let (mut taken, mut good) = (0, 0);
+        let mut submit = || taken = rig.submit();
+        if round < WARM_ROUNDS {
+            submit()
+        } else {
+            count.window(batch as u64, submit)
+        }
+        submitted += taken as u64;
+        rig.settle(submitted)?;
+        let mut reap = || good = rig.reap();
+        if round < WARM_ROUNDS {
+            reap()
+        } else {
+            count.window(0, reap)
+        }
+        if (taken, good) != (batch, batch) {
+            bail!("{taken} of {batch} requests were taken, and {good} were done");
+        }
+    }
+    Ok(())
+}
+
+fn nvme(count: &mut Count) -> anyhow::Result<()> {
+    let disk = NvmeDisk::new()?;
+    let mut rig = WorkerRig::<Split>::new(Arc::clone(&disk.bdev), false, None)?;
+    for round in 0..WARM_ROUNDS + ROUNDS {
+        let mut fresh = 32;
+        rig.round(32, |rig| {
             let mut pass = || {
                 rig.pass();
                 rig.turn_ring();

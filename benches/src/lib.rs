@@ -2,4 +2,5 @@
 //! counted ([`cases`]). The binary `marks` measures time, beside other servers.
 
 pub mod cases;
+pub mod nvme;
 pub mod rig;

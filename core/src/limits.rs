@@ -114,8 +114,9 @@ pub const VFIO_USER_PAYLOAD_BYTES_MAX: usize = (1 << 20) + 64;
 /// Descriptors with one vfio-user message: one per command is needed; the rest is room for servers that send more.
 pub const VFIO_USER_FDS_MAX: usize = 8;
 
-/// vfio-user commands whose answer is missing: one per thread that may ask, and answers that nobody waits for any more.
-pub const VFIO_USER_CALLS_MAX: usize = 64;
+/// vfio-user commands whose answer is missing: one per thread that may ask, and one per vector that was given up, for which
+/// nobody waits.
+pub const VFIO_USER_CALLS_MAX: usize = 4096;
 
 /// Mappable areas of one vfio-user region: a BAR with doorbells has one.
 pub const VFIO_USER_AREAS_MAX: usize = 16;

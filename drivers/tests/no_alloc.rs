@@ -1,6 +1,7 @@
 //! A running channel allocates nothing: counted on the thread that plays reactor.
 #![expect(unsafe_code)] // UNSAFETY: a global allocator that counts.
 
+mod echo;
 mod media;
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -90,6 +91,13 @@ fn null_allocates_nothing() {
 fn malloc_allocates_nothing() {
     let options = MallocOptions { blocks_count: 1 << 16, block_bytes: 512, uuid: None };
     allocates_nothing(Arc::new(MallocBdev::new("malloc", &options).unwrap()));
+}
+
+#[test]
+fn nvme_allocates_nothing() {
+    for sgl in [false, true] {
+        allocates_nothing(Arc::new(echo::EchoBdev::new(sgl)));
+    }
 }
 
 #[test]

@@ -209,6 +209,67 @@ fn help_teaches_without_a_daemon() {
 }
 
 #[test]
+fn an_nvme_controller_is_attached_shown_to_a_guest_and_detached() {
+    let daemon = FakeDaemon::start();
+    assert!(good(&daemon, &["nvme", "list"]).contains("no NVMe controllers"));
+    let said = good(&daemon, &["nvme", "attach", "Nvme0", "--pci", "01:00.0", "--queues", "2"]);
+    assert!(said.starts_with("controller Nvme0 is there with Nvme0n1; "), "{said}");
+    good(&daemon, &["nvme", "attach", "Nvme1", "--vfio-user", "/run/vfu/1", "--timeout-ms", "0"]);
+    let added = good(&daemon, &["disk", "add", "vm1", "--bdev", "Nvme0n1", "--pin", "off"]);
+    assert_eq!(added, "disk vm1 is there; its guest connects to /dir/vm1\n");
+    let shown = good(&daemon, &["call", "vhost_get_controllers"]);
+    assert!(shown.contains("\"serial\": \"vm1\""), "the disk's name, not the namespace's: {shown}");
+    insta::assert_snapshot!("nvme_list", narrow(&good(&daemon, &["nvme", "list"])));
+    insta::assert_snapshot!("nvme_health", good(&daemon, &["nvme", "health", "Nvme0"]));
+    insta::assert_snapshot!("nvme_disks", narrow(&good(&daemon, &["disk", "list"])));
+    assert!(good(&daemon, &["nvme", "reset", "Nvme0"]).contains("was reset"));
+    let said = good(&daemon, &["disk", "remove", "Nvme0n1"]);
+    assert!(said.contains("ringmillctl nvme detach"), "{said}");
+    assert!(!good(&daemon, &["disk", "list"]).contains("/dir/vm1"), "its socket is gone");
+    let saved = good(&daemon, &["save-config"]);
+    for args in [&["--json", "nvme", "list"][..], &["--json", "nvme", "health", "Nvme1"]] {
+        assert!(serde_json::from_str::<Value>(&good(&daemon, args)).is_ok());
+    }
+    for name in ["Nvme0", "Nvme1"] {
+        good(&daemon, &["nvme", "detach", name]);
+    }
+    assert!(good(&daemon, &["disk", "list"]).contains("no disks"));
+    assert!(saved.contains("bdev_nvme_attach_controller"));
+    for (args, status, words) in [
+        (&["nvme", "attach", "N"][..], 2, "required"),
+        (&["nvme", "attach", "N", "--pci", "nvme0"], 2, "is not a PCI address"),
+        (
+            &["nvme", "attach", "N", "--pci", "01:00.0", "--vfio-user", "/x"],
+            2,
+            "cannot be used with",
+        ),
+        (&["nvme", "detach", "Nvme0"], 1, "no NVMe controller \"Nvme0\""),
+        (&["disk", "add", "x", "--bdev", "Nvme0n1"], 1, "no bdev"),
+        (&["disk", "add", "x", "--bdev", "a", "--no-controller"], 2, "cannot be used with"),
+    ] {
+        let (got, message) = bad(&daemon, args);
+        assert_eq!(got, status, "{args:?}: {message}");
+        assert!(message.contains(words), "{args:?}: {message}");
+    }
+}
+
+#[test]
+fn every_choice_of_an_image_reaches_the_daemon() {
+    let daemon = FakeDaemon::start();
+    let image = daemon.dir().join("vm1.raw");
+    std::fs::write(&image, vec![0; 1 << 20]).unwrap();
+    let file = image.to_str().unwrap();
+    good(
+        &daemon,
+        &["disk", "add", "a", "--file", file, "--iopoll", "--transfers", "ring", "--pin", "on"],
+    );
+    let saved = good(&daemon, &["save-config"]);
+    for words in ["\"iopoll\": true", "\"transfers\": \"ring\"", "\"pin\": \"on\""] {
+        assert!(saved.contains(words), "{words}: {saved}");
+    }
+}
+
+#[test]
 fn pci_needs_no_daemon_and_tells_refusal_from_usage() {
     let tree = tempfile::tempdir().unwrap();
     let tree_dir = tree.path().to_str().unwrap();

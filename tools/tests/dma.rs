@@ -355,10 +355,15 @@ impl Host {
 
     /// A front-end that has described its memory, and a ring that it has not started.
     fn prepared(&self) -> (FrontEnd, Load, Memory) {
+        self.prepared_at(0)
+    }
+
+    /// The same with another ring, which uses another part of the disk.
+    fn prepared_at(&self, ring: u32) -> (FrontEnd, Load, Memory) {
         let mut front = self.connect();
         let (rings, data) = (Memory::new(0, RINGS_BYTES), Memory::new(DATA_GUEST, DATA_LEN));
         front.set_memory(&[&rings, &data]);
-        (front, Load::new(rings, 0, SLOTS, DATA_GUEST), data)
+        (front, Load::new(rings, ring, SLOTS, DATA_GUEST), data)
     }
 
     fn running(&self) -> (FrontEnd, Load, Memory) {
@@ -590,7 +595,7 @@ fn a_session_that_ends_while_its_memory_is_mapped_leaves_nothing_behind() {
 fn one_front_end_at_a_time_has_its_memory_pinned() {
     let host = Host::start(false);
     let (mut first, mut load, data) = host.running();
-    let (mut second, mut load2, data2) = host.prepared();
+    let (mut second, mut load2, data2) = host.prepared_at(1);
     second.start(&load2.ring, 0);
     load.run(&data, 50);
     host.expect_views(&[(true, PinView::On), (false, PinView::Pinning)]);
@@ -635,6 +640,30 @@ fn a_ring_that_is_stopped_before_its_memory_is_mapped_never_runs() {
     load.drain(&[&data]);
     drop(front);
     host.watch.expect(2, 2);
+    host.end();
+}
+
+#[test]
+fn memory_that_is_added_while_the_rest_is_mapped_is_mapped_after_it() {
+    let host = Host::start(false);
+    host.watch.set(Mood::Waits);
+    let (mut front, mut load, data) = host.prepared();
+    front.start(&load.ring, 0);
+    host.watch.asked(1);
+    let (more, other) = (Memory::new(MORE_GUEST, DATA_LEN), Memory::new(0xc000_0000, DATA_LEN));
+    front.send_add_memory(&more);
+    std::thread::sleep(MOMENT);
+    host.watch.set(Mood::Takes);
+    front.added();
+    assert_eq!(host.watch.counts(), (3, 0), "each once");
+    front.add_memory(&other);
+    load.run(&data, 50);
+    load.drain(&[&data]);
+    load.data_guest = MORE_GUEST;
+    load.run(&more, 50);
+    load.drain(&[&more]);
+    drop(front);
+    host.watch.expect(4, 4);
     host.end();
 }
 

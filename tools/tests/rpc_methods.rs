@@ -405,3 +405,219 @@ fn a_saved_configuration_makes_the_same_disks_again() {
     let (a, b) = (client.call("bdev_get_bdevs", "{}"), other.call("bdev_get_bdevs", "{}"));
     assert_eq!(a, b, "same names, sizes and UUIDs");
 }
+
+/// What SPDK's client sends when nothing but the required is said on its command line.
+const ATTACH: &str = r#"{"name":"Nvme0","trtype":"pcie","traddr":"01:00.0","prchk_reftag":false,"prchk_guard":false,
+    "hdgst":false,"ddgst":false,"allow_unrecognized_csi":false,"adrfam":null,"multipath":null,"psk":null}"#;
+
+#[test]
+fn nvme_controllers_are_attached_listed_and_detached_as_spdks_are() {
+    let (_daemon, mut client) = daemon_with_disk();
+    assert_eq!(client.call("bdev_nvme_get_controllers", "{}"), json!([]));
+    assert_eq!(client.call("bdev_nvme_attach_controller", ATTACH), json!(["Nvme0n1"]));
+    assert_eq!(client.fail("bdev_nvme_attach_controller", ATTACH).0, -17);
+    let shown = client.call("bdev_nvme_get_controllers", r#"{"name":"Nvme0"}"#);
+    let controller = &shown[0]["ctrlrs"][0];
+    assert_eq!(shown[0]["name"], "Nvme0");
+    assert_eq!(controller["state"], "enabled");
+    assert_eq!(controller["trid"], json!({"trtype": "PCIe", "traddr": "0000:01:00.0"}));
+    assert_eq!(controller["cntlid"], 7);
+    assert_eq!(keys(&controller["host"]), BTreeSet::from(["addr", "nqn", "svcid"]));
+    assert_eq!(controller["counters"]["timeouts"], 3);
+    assert_eq!(controller["namespaces"][0]["bdev"], "Nvme0n1");
+    assert_eq!(controller["namespaces"][1]["bdev"], Value::Null);
+    assert!(controller["namespaces"][1]["refused"].as_str().unwrap().contains("metadata"));
+
+    let bdev = &client.call("bdev_get_bdevs", r#"{"name":"Nvme0n1"}"#)[0];
+    assert_eq!(bdev["product_name"], "NVMe disk");
+    let want = json!({
+        "pci_address": "0000:01:00.0",
+        "trid": {"trtype": "PCIe", "traddr": "0000:01:00.0"},
+        "ctrlr_data": {
+            "cntlid": 7,
+            "vendor_id": "0x144d",
+            "model_number": "Grindstone 9000",
+            "serial_number": "RM0001",
+            "firmware_revision": "1.0",
+        },
+        "vs": {"nvme_version": "1.4"},
+        "ns_data": {"id": 1},
+    });
+    assert_eq!(bdev["driver_specific"], json!({"nvme": [want], "mp_policy": "active_passive"}));
+    for method in
+        ["bdev_null_delete", "bdev_malloc_delete", "bdev_uring_delete", "bdev_uring_rescan"]
+    {
+        let (code, message) = client.fail(method, r#"{"name":"Nvme0n1"}"#);
+        assert_eq!(code, -19);
+        assert!(message.contains("bdev_nvme_detach_controller"), "{message}");
+    }
+
+    for params in [r#"{"name":"Nvme0"}"#, r#"{"name":"Nvme0","cntlid":7}"#] {
+        assert_eq!(client.call("bdev_nvme_reset_controller", params), true);
+    }
+    assert_eq!(
+        client.fail("bdev_nvme_reset_controller", r#"{"name":"Nvme0","cntlid":8}"#).0,
+        -32602
+    );
+    let health = client.call("bdev_nvme_get_controller_health_info", r#"{"name":"Nvme0"}"#);
+    assert_eq!(health["temperature_celsius"], 37);
+    assert_eq!(health["data_units_written"], u64::MAX, "as much as JSON readers take");
+    assert_eq!(health["traddr"], "0000:01:00.0");
+    let known = [
+        "model_number",
+        "serial_number",
+        "firmware_revision",
+        "traddr",
+        "temperature_celsius",
+        "available_spare_percentage",
+        "available_spare_threshold_percentage",
+        "percentage_used",
+        "data_units_read",
+        "data_units_written",
+        "host_read_commands",
+        "host_write_commands",
+        "controller_busy_time",
+        "power_cycles",
+        "power_on_hours",
+        "unsafe_shutdowns",
+        "media_errors",
+        "num_err_log_entries",
+        "warning_temperature_time_minutes",
+        "critical_composite_temperature_time_minutes",
+    ];
+    for key in known {
+        assert!(health[key].is_string() || health[key].is_number(), "{key}: {health}");
+    }
+
+    for params in
+        [r#"{"name":"Nvme0","traddr":"0000:02:00.0"}"#, r#"{"name":"Nvme0","trtype":"vfiouser"}"#]
+    {
+        let (code, message) = client.fail("bdev_nvme_detach_controller", params);
+        assert_eq!(code, -19);
+        assert!(message.contains("leave"), "{message}");
+    }
+    let params = r#"{"name":"Nvme0","trtype":"PCIE","traddr":"01:00.0","subnqn":null}"#;
+    assert_eq!(client.call("bdev_nvme_detach_controller", params), true);
+    for method in [
+        "bdev_nvme_detach_controller",
+        "bdev_nvme_reset_controller",
+        "bdev_nvme_get_controllers",
+        "bdev_nvme_get_controller_health_info",
+    ] {
+        let (code, message) = client.fail(method, r#"{"name":"Nvme0"}"#);
+        assert_eq!(code, -19);
+        assert!(message.contains("no NVMe controller \"Nvme0\""), "{message}");
+    }
+    assert_eq!(client.fail("bdev_get_bdevs", r#"{"name":"Nvme0n1"}"#).0, -19);
+}
+
+#[test]
+fn a_vfio_user_controller_has_a_path_and_no_pci_address() {
+    let (_daemon, mut client) = daemon_with_disk();
+    let params = r#"{"name":"Nvme1","trtype":"VFIOUSER","traddr":"/run/vfu/1"}"#;
+    client.call("bdev_nvme_attach_controller", params);
+    let specific =
+        &client.call("bdev_get_bdevs", r#"{"name":"Nvme1n1"}"#)[0]["driver_specific"]["nvme"][0];
+    assert_eq!(specific["trid"], json!({"trtype": "VFIOUSER", "traddr": "/run/vfu/1"}));
+    assert_eq!(specific.get("pci_address"), None);
+}
+
+#[test]
+fn what_an_nvme_controller_cannot_be_told_is_refused() {
+    let (_daemon, mut client) = daemon_with_disk();
+    let mut refused = |method: &str, more: &str, words: &str| {
+        let params = match method {
+            "bdev_nvme_attach_controller" => {
+                format!(r#"{{"name":"N","trtype":"PCIe","traddr":"0000:01:00.0",{more}}}"#)
+            }
+            _ => format!("{{{more}}}"),
+        };
+        let (code, message) = client.fail(method, &params);
+        assert_eq!(code, -32602, "{more}: {message}");
+        assert!(message.contains(words), "{more}: {message}");
+    };
+    let attach = "bdev_nvme_attach_controller";
+    for (more, words) in [
+        (r#""hdgst":true"#, "\"hdgst\" = true is not supported"),
+        (r#""multipath":"failover""#, "multipath"),
+        (r#""max_bdevs":4"#, "128 or 0"),
+        (r#""subnqn":"nqn.x""#, "subnqn"),
+        (r#""timeout_us":5"#, "10 ms"),
+        (r#""io_queue_requests":1024"#, "1023"),
+        (r#""action_on_timeout":"abrot""#, "did you mean \"abort\"?"),
+    ] {
+        refused(attach, more, words);
+    }
+    for (params, words) in [
+        (r#"{"name":"N","trtype":"TCP","traddr":"x"}"#, "PCIe (VFIO) and vfiouser"),
+        (r#"{"name":"N","trtype":"PCIe","traddr":"../../etc"}"#, "is not a PCI address"),
+        (r#"{"name":"N","trtype":"PCIe","traddr":"0000:01:00.9"}"#, "is not a PCI address"),
+        (r#"{"name":"N","trtype":"vfiouser","traddr":"run/x"}"#, "absolute path"),
+        (r#"{"name":"N\n","trtype":"PCIe","traddr":"01:00.0"}"#, "control"),
+    ] {
+        let (code, message) = client.fail(attach, params);
+        assert_eq!(code, -32602, "{params}: {message}");
+        assert!(message.contains(words), "{params}: {message}");
+    }
+    let options = "bdev_nvme_set_options";
+    let mut refused = |more: &str, words: &str| {
+        let (code, message) = client.fail(options, &format!("{{{more}}}"));
+        assert_eq!(code, -32602, "{more}: {message}");
+        assert!(message.contains(words), "{more}: {message}");
+    };
+    for (more, words) in [
+        (r#""delay_cmd_submit":false"#, "true"),
+        (r#""bdev_retry_count":-1"#, "3"),
+        (r#""keep_alive_timeout_ms":5"#, "10000 or 0"),
+        (r#""ctrlr_loss_timeout_sec":30"#, "not supported"),
+        (r#""dhchap_digests":["sha256"]"#, "not supported"),
+        (r#""timeout_us":1"#, "10 ms"),
+        (r#""timeout_admin_us":604800000001"#, "604800000000"),
+    ] {
+        refused(more, words);
+    }
+    assert_eq!(client.call("bdev_nvme_get_controllers", "{}"), json!([]), "nothing half-made");
+}
+
+#[test]
+fn nvme_options_come_first_and_controllers_come_back() {
+    let (_daemon, mut client) = daemon_with_disk();
+    // As SPDK's client sends them, its own defaults among them.
+    let options = r#"{"action_on_timeout":"reset","timeout_us":5000000,"delay_cmd_submit":true,
+        "keep_alive_timeout_ms":10000,"disable_auto_failback":false,"generate_uuids":false,"nvme_error_stat":false,
+        "io_path_stat":false,"allow_accel_sequence":false,"enable_flush":false,"dhchap_digests":[]}"#;
+    assert_eq!(client.call("bdev_nvme_set_options", options), true);
+    assert_eq!(client.call("bdev_nvme_set_options", r#"{"io_queue_requests":64}"#), true);
+    client.call("bdev_nvme_attach_controller", ATTACH);
+    let own =
+        r#"{"name":"Nvme1","trtype":"vfiouser","traddr":"/s","num_io_queues":1,"timeout_us":0}"#;
+    client.call("bdev_nvme_attach_controller", own);
+    let (code, message) = client.fail("bdev_nvme_set_options", r#"{"timeout_us":0}"#);
+    assert_eq!(code, -1, "{message}");
+    client.call("vhost_create_blk_controller", r#"{"ctrlr":"v0","dev_name":"Nvme0n1"}"#);
+    let saved = save(&mut client);
+    let calls = saved[1]["config"].as_array().unwrap();
+    let methods: Vec<&str> = calls.iter().map(|call| call["method"].as_str().unwrap()).collect();
+    let attach = "bdev_nvme_attach_controller";
+    assert_eq!(methods, ["bdev_nvme_set_options", "bdev_null_create", attach, attach]);
+    assert_eq!(
+        calls[0]["params"],
+        json!({
+            "action_on_timeout": "reset",
+            "timeout_us": 5_000_000,
+            "timeout_admin_us": 10_000_000,
+            "io_queue_requests": 64,
+        })
+    );
+    let second = FakeDaemon::start();
+    let mut other = second.connect();
+    for call in saved.as_array().unwrap().iter().flat_map(|s| s["config"].as_array().unwrap()) {
+        other.call(call["method"].as_str().unwrap(), &call["params"].to_string());
+    }
+    assert_eq!(save(&mut other), saved);
+    // A controller takes what needs it along.
+    client.call("bdev_nvme_detach_controller", r#"{"name":"Nvme0"}"#);
+    let saved = save(&mut client);
+    assert_eq!(saved[1]["config"].as_array().unwrap().len(), 3);
+    assert_eq!(saved[2]["config"], json!([]));
+}

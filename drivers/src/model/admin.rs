@@ -16,6 +16,7 @@ use super::counters::Count;
 use super::data::{Piece, Refusal, Way};
 use super::dma::Reach;
 use super::faults::Aborts;
+use super::held::Plan;
 use super::identify;
 use super::link::lock;
 use super::machine::{Answer, Machine};
@@ -543,9 +544,14 @@ impl Machine {
             let text = "abort on a queue that is not there";
             return Err(Refusal::blame(status::INVALID_FIELD, text));
         }
+        let is_abort = |sqe: &Sqe| sqe.0[0].to_le_bytes()[0] == admin::ABORT;
+        let out = self.held.odd.iter().filter(|it| it.queue == 0 && is_abort(&it.sqe)).count();
+        if out >= usize::from(self.options.aborts_max.max(1)) {
+            return Err(Refusal::blame(status::ABORT_LIMIT, "more aborts than ACL allows"));
+        }
         let not_aborted = Ok(Answer::Now(0, 1));
         match self.faults.aborts {
-            Aborts::Silent => return Ok(Answer::Later),
+            Aborts::Silent => return Ok(self.hold(0, sqe, u64::MAX, Plan::Execute)),
             Aborts::Refuse => return not_aborted,
             Aborts::Lie => {
                 let is_there = self.held.find(queue, cid).is_some();

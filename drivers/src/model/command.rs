@@ -35,6 +35,9 @@ impl Machine {
             let refusal = Refusal::blame(status::CID_CONFLICT, "a command id that is in use");
             return Answer::Now(self.refuse(queue, sqe, refusal), 0);
         }
+        if self.is_shut_down {
+            self.link.counters.protocol_error(|| "a command after the shutdown".to_owned());
+        }
         if self.faults.has_rules()
             && let Some(answer) = self.misbehave(queue, sqe)
         {

@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
-use ringmill_core::spec::nvme::{event, health, log};
+use ringmill_core::spec::nvme::{cc, event, health, log, reg};
 
 use super::counters::{Count, Counters};
 use super::dma::{MapFailure, ModelDomain};
@@ -81,9 +82,21 @@ impl ModelControl {
         self.call(move |machine| machine.faults.aborts = aborts);
     }
 
-    /// CSTS.RDY stays as it is, or changes again.
+    /// CSTS.RDY stays as it is, and a controller that is ready goes on whatever CC says; or it obeys again.
     pub fn set_ready_stuck(&self, is_stuck: bool) {
-        self.call(move |machine| machine.faults.ready_is_stuck = is_stuck);
+        self.call(move |machine| {
+            machine.faults.ready_is_stuck = is_stuck;
+            let control = machine.link.bar.load_u32(reg::CC, Ordering::Acquire);
+            if !is_stuck && control & cc::EN == 0 {
+                // What it did not listen to.
+                machine.disable();
+            }
+        });
+    }
+
+    /// A shutdown is never complete, or is again.
+    pub fn set_shutdown_stuck(&self, is_stuck: bool) {
+        self.call(move |machine| machine.faults.shutdown_is_stuck = is_stuck);
     }
 
     /// Function resets fail, or work again.
@@ -105,6 +118,11 @@ impl ModelControl {
     #[must_use]
     pub fn mapped_count(&self) -> usize {
         self.domain.regions_count()
+    }
+
+    /// What every further I/O command takes at least.
+    pub fn set_latency(&self, latency: Duration) {
+        self.call(move |machine| machine.options.latency = latency);
     }
 
     /// CSTS.CFS now.

@@ -158,6 +158,8 @@ pub(super) struct Faults {
     pub(super) aborts: Aborts,
     /// CSTS.RDY does not change.
     pub(super) ready_is_stuck: bool,
+    /// A shutdown never says that it is complete.
+    pub(super) shutdown_is_stuck: bool,
     /// Function resets fail.
     pub(super) reset_fails: bool,
     /// I/O queues granted at most.
@@ -170,6 +172,7 @@ impl Default for Faults {
             rules: Vec::new(),
             aborts: Aborts::Work,
             ready_is_stuck: false,
+            shutdown_is_stuck: false,
             reset_fails: false,
             queues_max: u16::MAX,
         }

@@ -18,8 +18,9 @@ pub(super) struct Lies {
     bytes: Vec<u8>,
     at: usize,
     chance: Entropy,
-    /// Chances in 256 that a register, a block of data, a completion is changed.
+    /// Chances in 16,384 that a register is changed: they are polled.
     registers: u64,
+    /// Chances in 256 that a block of data, a completion is changed.
     data: u64,
     completions: u64,
     /// Chances in 65,536 that an idle look posts something.
@@ -40,8 +41,8 @@ impl Lies {
             completions: 0,
             idle: 0,
         };
-        lies.registers = lies.below(8) / 2;
-        lies.data = lies.below(4) * 24;
+        lies.registers = lies.below(8);
+        lies.data = lies.below(4) * 8;
         lies.completions = lies.below(BOLDNESS);
         lies.idle = lies.below(64);
         lies
@@ -78,7 +79,7 @@ impl Lies {
     /// What a read of a register answers.
     pub(super) fn register(&mut self, offset_bytes: usize, value: u32) -> u32 {
         // Doorbells are memory.
-        if offset_bytes >= reg::DOORBELLS || self.below(256) >= self.registers {
+        if offset_bytes >= reg::DOORBELLS || self.below(16_384) >= self.registers {
             return value;
         }
         self.twist(value)
@@ -100,9 +101,9 @@ impl Lies {
         }
     }
 
-    /// The completions that take the place of a true one.
-    fn completions(&mut self, entry: [u32; 4]) -> (usize, [u32; 4], [u32; 4]) {
-        if self.below(256) >= self.completions {
+    /// The completions that take the place of a true one. Of admin commands fewer are changed.
+    fn completions(&mut self, cq: u16, entry: [u32; 4]) -> (usize, [u32; 4], [u32; 4]) {
+        if self.below(if cq == 0 { 4096 } else { 256 }) >= self.completions {
             return (1, entry, entry);
         }
         let mut other = entry;
@@ -132,7 +133,7 @@ impl Machine {
     #[cold]
     pub(super) fn lie_about(&mut self, cq: u16, entry: [u32; 4]) {
         let Some(lies) = &self.link.lies else { return };
-        let (count, first, second) = super::link::lock(lies).completions(entry);
+        let (count, first, second) = super::link::lock(lies).completions(cq, entry);
         if count > 0 {
             self.post(cq, first);
         }
@@ -145,7 +146,8 @@ impl Machine {
     pub(super) fn lie_idle(&mut self) {
         let Some(lies) = &self.link.lies else { return };
         let Some((queue, entry)) = super::link::lock(lies).idle() else { return };
-        if self.cqs.get(usize::from(queue)).is_some_and(Option::is_some) {
+        let cq = self.cqs.get(usize::from(queue)).and_then(Option::as_ref);
+        if cq.is_some_and(|cq| cq.room() > 0) {
             self.post(queue, entry);
             self.interrupt(queue);
         }

@@ -337,7 +337,11 @@ impl Machine {
     }
 
     /// CC.EN became 0.
-    fn disable(&mut self) {
+    pub(super) fn disable(&mut self) {
+        if self.faults.ready_is_stuck && self.state == State::Ready {
+            // It does not listen: it goes on, and writes to memory.
+            return;
+        }
         let was_off = self.state == State::Off;
         self.forget();
         if was_off {
@@ -384,6 +388,9 @@ impl Machine {
             namespace.what.medium.flush();
         }
         self.is_shut_down = true;
+        if self.faults.shutdown_is_stuck {
+            return;
+        }
         self.link.counters.add(Count::Shutdowns, 1);
         self.set_status(csts::RDY | csts::SHST_COMPLETE);
     }

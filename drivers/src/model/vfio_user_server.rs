@@ -299,7 +299,13 @@ impl Server {
             return Err(Refusal(Errno::EXIST));
         }
         let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|_| Errno::INVAL)?;
-        let memory = Mapping::foreign(&fd, offset, len_bytes).map_err(|error| {
+        // Clients name whole pages; a file may end within its last one.
+        let file_bytes =
+            rustix::fs::fstat(&fd).map_or(0, |stat| stat.st_size.try_into().unwrap_or(0));
+        let left = u64::saturating_sub(file_bytes, offset);
+        let ends_in_page = left < len_bytes && left.next_multiple_of(4096) == len_bytes;
+        let own_bytes = if ends_in_page { left } else { len_bytes };
+        let memory = Mapping::foreign(&fd, offset, own_bytes).map_err(|error| {
             tracing::info!("a vfio-user client's memory is refused: {error}");
             Errno::INVAL
         })?;
@@ -312,7 +318,7 @@ impl Server {
     fn dma_unmap(&self, client: &mut Client, fields: Fields<'_>) -> Result<Vec<u8>, Refusal> {
         let (iova, len_bytes) = (fields.u64(8)?, fields.u64(16)?);
         let memory = client.memory.get(&iova).ok_or(Errno::NOENT)?;
-        if bytes_u64(memory.len_bytes()) != len_bytes {
+        if bytes_u64(memory.len_bytes()).next_multiple_of(4096) != len_bytes {
             return Err(Refusal(Errno::INVAL));
         }
         self.device.domain().unmap_at(iova, memory);

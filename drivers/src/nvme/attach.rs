@@ -13,8 +13,8 @@ use ringmill_core::bdev::Bdev;
 use ringmill_core::reactor::{DeviceKey, ReactorHandle};
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::common::{Common, HomePair, Parts, Request};
 use super::controller::Controller;
+use super::joint::{HomePair, Joint, Parts, Request};
 use super::namespaces::refresh;
 use super::pairs::{InterruptPlan, PairOrder, make_pair};
 use super::report::{ControllerInfo, ControllerState, Counters, Health};
@@ -31,7 +31,7 @@ const THREAD_NAME_BYTES: usize = 15;
 /// An attached controller.
 #[derive(Debug)]
 struct Handle<B: PciBacking> {
-    common: Arc<Common<B>>,
+    common: Arc<Joint<B>>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -109,7 +109,7 @@ fn start<B: PciBacking>(
     let is_fewer = homes.len() < reactors.len();
     let owners = is_fewer.then(|| homes.iter().map(|own| own.reactor.clone()).collect());
     let (to_thread, requests) = channel();
-    let common = Arc::new(Common::new(Parts {
+    let common = Arc::new(Joint::new(Parts {
         key,
         fixed: describe(&controller, &options, (granted, wanted)),
         options,

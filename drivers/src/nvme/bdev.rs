@@ -14,8 +14,8 @@ use ringmill_core::mem::DmaDomain;
 use ringmill_core::reactor::{DeviceQueue, ReactorHandle};
 
 use super::channel::NvmeChannel;
-use super::common::{Common, Request, Waiting};
 use super::identify::{ControllerData, NamespaceData, SetLimits};
+use super::joint::{Joint, Request, Waiting};
 use super::report::NamespaceInfo;
 use super::{NamespaceShape, NvmeError};
 use crate::GateChannel;
@@ -31,13 +31,13 @@ pub(super) struct NvmeBdev<B: PciBacking> {
     shape: Arc<NamespaceShape>,
     rules: Alignment,
     locks: Option<Arc<BlockLocks>>,
-    common: Arc<Common<B>>,
+    common: Arc<Joint<B>>,
 }
 
 impl<B: PciBacking> NvmeBdev<B> {
     /// A bdev for a namespace that was not refused.
     pub(super) fn new(
-        common: &Arc<Common<B>>,
+        common: &Arc<Joint<B>>,
         namespace: &NamespaceInfo,
         data: &NamespaceData,
         (controller, limits): (&ControllerData, SetLimits),

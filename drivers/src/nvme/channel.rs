@@ -12,30 +12,19 @@ use std::marker::PhantomData;
 
 use ringmill_core::IoStatus;
 use ringmill_core::bdev::{BdevError, Channel, ReadyQueue, Room};
-use ringmill_core::io::{BatchView, Completion, Completions, IoFlags, IoOp, IoRequest, Slots, Tag};
+use ringmill_core::io::{BatchView, Completion, Completions, IoRequest, Slots, Tag};
 use ringmill_core::limits::{BATCH_REQUESTS_MAX, QUEUE_INFLIGHT_MAX};
 use ringmill_core::mem::{ListsHeld, Segment, SegmentLists};
 use ringmill_core::reactor::{DeviceSlot, IoCx};
-use ringmill_core::spec::nvme::nvm;
 
 use super::job::Job;
-use super::list::{Cursor, DataPointer};
-use super::parts::{DiscardLimits, NamespaceShape, WriteZeroesLimits};
+use super::list::Cursor;
+use super::parts::NamespaceShape;
 use super::prp;
 use super::qpair::{QueuePair, State};
 use super::slots::{Command, Ended, MemberId, Owner};
-use super::split::Bounds;
+use super::target::{Step, Target};
 use crate::pci::Registers;
-
-/// What a channel knows of its namespace, worked out once.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Target {
-    pub(super) nsid: u32,
-    pub(super) bounds: Bounds,
-    pub(super) write_cache: bool,
-    pub(super) discard: Option<DiscardLimits>,
-    pub(super) write_zeroes: Option<WriteZeroesLimits>,
-}
 
 /// See the module.
 #[derive(Debug)]
@@ -57,116 +46,10 @@ pub struct NvmeChannel<R> {
     registers: PhantomData<fn() -> R>,
 }
 
-/// The next command of a request.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Step {
-    pub(super) command: Command,
-    /// What it does of the request.
-    pub(super) len_bytes: u64,
-}
-
 /// What became of an offered request.
 enum Taken {
     Yes,
     No,
-}
-
-impl Target {
-    /// The command that does as much of `request` from `done_bytes` on as one can; `None`: not even one block of it.
-    #[inline]
-    pub(super) fn step<R: Registers>(
-        &self,
-        request: &IoRequest,
-        done_bytes: u64,
-        data: (&[Segment], Cursor),
-        (pair, slot): (&QueuePair<R>, u16),
-    ) -> Option<Step> {
-        let at_bytes = request.offset_bytes + done_bytes;
-        let left_bytes = request.len_bytes - done_bytes;
-        let opcode = match request.op {
-            IoOp::Read => nvm::READ,
-            IoOp::Write => nvm::WRITE,
-            _ => return self.step_without_data(request, (at_bytes, left_bytes), (pair, slot)),
-        };
-        let len_bytes = self.bounds.transfer_bytes(at_bytes, left_bytes);
-        let (segments, cursor) = data;
-        let simple = match segments {
-            [only] if cursor.number == 0 && cursor.skip_bytes == 0 => {
-                prp::of_two_pages(pair.offset().iova(only.host()).0, len_bytes)
-            }
-            _ => None,
-        };
-        let (pointer, len_bytes) = match simple {
-            Some(pointer) => (pointer, len_bytes),
-            None => {
-                let page = pair.page(slot);
-                self.bounds.point(segments, cursor, len_bytes, pair.offset(), page)
-            }
-        };
-        let blocks_z =
-            u32::try_from((len_bytes >> self.bounds.block_shift).checked_sub(1)?).ok()?;
-        let lba = at_bytes >> self.bounds.block_shift;
-        let dw12 = blocks_z | self.fua(request);
-        let command = Command::new((opcode, self.nsid), pointer, lba, dw12);
-        Some(Step { command, len_bytes })
-    }
-
-    #[inline]
-    fn fua(&self, request: &IoRequest) -> u32 {
-        let asked = request.op != IoOp::Read && request.flags.contains(IoFlags::FUA);
-        if asked && self.write_cache { nvm::DW12_FUA } else { 0 }
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn step_without_data<R: Registers>(
-        &self,
-        request: &IoRequest,
-        (at_bytes, left_bytes): (u64, u64),
-        (pair, slot): (&QueuePair<R>, u16),
-    ) -> Option<Step> {
-        let shift = self.bounds.block_shift;
-        let none = DataPointer::default();
-        match request.op {
-            IoOp::Discard => {
-                let page = pair.page(slot);
-                let limits = self.discard?;
-                let (ranges_z, len_bytes) = self.bounds.ranges(at_bytes, left_bytes, &limits, page);
-                let pointer = DataPointer { first: page.iova.0, ..none };
-                let dw10_11 = u64::from(ranges_z) | u64::from(nvm::DSM_DEALLOCATE) << 32;
-                let command = Command::new((nvm::DSM, self.nsid), pointer, dw10_11, 0);
-                (len_bytes > 0).then_some(Step { command, len_bytes })
-            }
-            IoOp::WriteZeroes => {
-                let limits = self.write_zeroes?;
-                let len_bytes = self.bounds.zeroes_bytes(left_bytes, limits.blocks_max);
-                let blocks_z = u32::try_from((len_bytes >> shift).checked_sub(1)?).ok()?;
-                let unmap = limits.deallocate && request.flags.contains(IoFlags::MAY_UNMAP);
-                let deac = if unmap { nvm::DW12_DEAC } else { 0 };
-                let dw12 = blocks_z | self.fua(request) | deac;
-                let head = (nvm::WRITE_ZEROES, self.nsid);
-                let command = Command::new(head, none, at_bytes >> shift, dw12);
-                Some(Step { command, len_bytes })
-            }
-            _ => {
-                let command = Command::new((nvm::FLUSH, self.nsid), none, 0, 0);
-                Some(Step { command, len_bytes: left_bytes })
-            }
-        }
-    }
-
-    /// How a request ends that needs no command; `None` when it needs one.
-    #[inline]
-    fn verdict(&self, request: &IoRequest) -> Option<IoStatus> {
-        let supported = match request.op {
-            IoOp::Read | IoOp::Write => return None,
-            // Without a volatile write cache everything completed is stable.
-            IoOp::Flush => return (!self.write_cache).then_some(IoStatus::Ok),
-            IoOp::Discard => self.discard.is_some(),
-            IoOp::WriteZeroes => self.write_zeroes.is_some(),
-        };
-        (!supported).then_some(IoStatus::Unsupported)
-    }
 }
 
 impl<R: Registers> NvmeChannel<R> {
@@ -174,13 +57,7 @@ impl<R: Registers> NvmeChannel<R> {
     #[must_use]
     #[cold]
     pub fn new(shape: &NamespaceShape, commands_max: u16) -> NvmeChannel<R> {
-        let target = Target {
-            nsid: shape.nsid,
-            bounds: Bounds::new(shape),
-            write_cache: shape.write_cache,
-            discard: shape.discard,
-            write_zeroes: shape.write_zeroes,
-        };
+        let target = Target::new(shape);
         let jobs_max = usize::from(commands_max);
         NvmeChannel {
             target,
@@ -228,7 +105,7 @@ impl<R: Registers> NvmeChannel<R> {
     }
 
     /// Takes one request, if there is a slot for it.
-    #[inline]
+    #[inline(always)]
     fn take(
         &mut self,
         (pair, lists): (&mut QueuePair<R>, &mut SegmentLists),
@@ -236,10 +113,43 @@ impl<R: Registers> NvmeChannel<R> {
         request: &IoRequest,
         segments: &[Segment],
     ) -> Taken {
+        if let [only] = segments
+            && let Some((opcode, fua)) = self.target.transfer(request)
+        {
+            // Nearly all: one piece of at most two pages, in one command.
+            let at = pair.offset().iova(only.host()).0;
+            let (at_bytes, len_bytes) = (request.offset_bytes, request.len_bytes);
+            let bounds = &self.target.bounds;
+            if let Some(data) = prp::of_two_pages(at, len_bytes)
+                && bounds.transfer_bytes(at_bytes, len_bytes) == len_bytes
+            {
+                let Some(slot) = pair.slots.take(member) else { return Taken::No };
+                let blocks_z = bounds.blocks_z(len_bytes);
+                let head = (opcode, self.target.nsid);
+                let lba = at_bytes >> bounds.block_shift;
+                let owner = Owner { member, tag: request.tag, part: false };
+                pair.send(slot, owner, Command::new(head, data, lba, blocks_z | fua));
+                return Taken::Yes;
+            }
+        }
+        self.take_other((pair, lists), member, request, segments)
+    }
+
+    /// The others.
+    #[inline(never)]
+    fn take_other(
+        &mut self,
+        (pair, lists): (&mut QueuePair<R>, &mut SegmentLists),
+        member: MemberId,
+        request: &IoRequest,
+        segments: &[Segment],
+    ) -> Taken {
+        if let Some(status) = self.target.verdict(request) {
+            return self.end_here(request.tag, status);
+        }
         let Some(slot) = pair.slots.take(member) else { return Taken::No };
         let data = (segments, Cursor::default());
-        let step = self.target.step(request, 0, data, (pair, slot));
-        match step {
+        match self.target.step(request, 0, data, (pair, slot)) {
             Some(step) if step.len_bytes == request.len_bytes => {
                 let owner = Owner { member, tag: request.tag, part: false };
                 pair.send(slot, owner, step.command);
@@ -334,11 +244,8 @@ impl<R: Registers> Channel for NvmeChannel<R> {
         let room = self.room_on(pair, member);
         let mut taken = 0;
         for request in batch.requests().iter().take(room) {
-            let outcome = match self.target.verdict(request) {
-                None => self.take((pair, lists), member, request, batch.segments(request)),
-                Some(status) => self.end_here(request.tag, status),
-            };
-            if matches!(outcome, Taken::No) {
+            let segments = batch.segments(request);
+            if matches!(self.take((pair, lists), member, request, segments), Taken::No) {
                 break;
             }
             taken += 1;

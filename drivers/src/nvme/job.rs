@@ -8,10 +8,11 @@ use ringmill_core::IoStatus;
 use ringmill_core::io::{Completion, Completions, IoRequest, Slots, Tag};
 use ringmill_core::mem::{SegmentList, SegmentLists};
 
-use super::channel::{NvmeChannel, Step};
+use super::channel::NvmeChannel;
 use super::list::Cursor;
 use super::qpair::{QueuePair, State};
 use super::slots::{Ended, MemberId, Owner};
+use super::target::Step;
 use crate::pci::Registers;
 
 /// A request on its way in parts.

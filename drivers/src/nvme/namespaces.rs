@@ -11,9 +11,9 @@ use ringmill_core::bdev::Bdev as _;
 use uuid::Uuid;
 
 use super::bdev::NvmeBdev;
-use super::common::{Common, Namespaced};
 use super::controller::Controller;
 use super::identify::NamespaceData;
+use super::joint::{Joint, Namespaced};
 use super::quirks::Quirks;
 use super::report::NamespaceInfo;
 use super::thread::Keeper;
@@ -62,7 +62,7 @@ fn is_same(one: &NamespaceInfo, other: &NamespaceInfo) -> bool {
 /// Asks the controller and brings the list up to date. True when something changed.
 pub(super) fn refresh<B: PciBacking>(
     controller: &mut Controller<B>,
-    common: &Arc<Common<B>>,
+    common: &Arc<Joint<B>>,
 ) -> Result<bool, NvmeError> {
     let found = controller.namespaces()?;
     let name = &common.options.name;
@@ -101,7 +101,7 @@ pub(super) fn refresh<B: PciBacking>(
 /// The disk of a namespace, or the reason why there is none.
 fn make<B: PciBacking>(
     controller: &Controller<B>,
-    common: &Arc<Common<B>>,
+    common: &Arc<Joint<B>>,
     mut info: NamespaceInfo,
     data: &NamespaceData,
 ) -> Namespaced<B> {

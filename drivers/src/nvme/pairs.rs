@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use ringmill_core::reactor::{DeviceKey, ReactorHandle};
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::common::Tally;
 use super::controller::Controller;
+use super::joint::Tally;
 use super::parts::{BindVector, Interrupts, QueueMemory, QueuePairParts};
 use super::qpair::QueuePair;
 use super::thread::{Keeper, nudge};
@@ -227,6 +227,10 @@ impl<B: PciBacking> Keeper<B> {
             self.controller.create_pair(queue_id, &memory, vector)?;
             let pair = &mut self.pairs[at];
             (pair.exists, pair.late) = (true, None);
+            // What was late before is so no more.
+            if let Some(overdue) = pair.shared.overdue() {
+                pair.shared.settle(overdue.sequence);
+            }
             pair.shared.order(Order::Run);
             nudge(pair.home.as_ref());
         }

@@ -60,6 +60,7 @@ pub struct QueuePair<R> {
     queue_id: u16,
     /// Commands in the rings.
     pub(super) out: u16,
+    commands_max: u16,
     cq_lazy: u16,
     pub(super) rings: Rings,
     pub(super) slots: CommandSlots,
@@ -115,6 +116,7 @@ impl<R: Registers> QueuePair<R> {
             trouble: false,
             queue_id: parts.queue_id,
             out: 0,
+            commands_max: commands,
             cq_lazy: NVME_CQ_LAZY_ENTRIES.min(entries / 4).max(1),
             rings: Rings::new((sq, cq), entries, doorbells),
             slots: CommandSlots::new(commands),
@@ -218,7 +220,7 @@ impl<R: Registers> QueuePair<R> {
     }
 
     /// Checks a completion and frees its slot; `None` when the command goes on, or is none.
-    #[inline]
+    #[inline(always)]
     pub(super) fn accept(&mut self, entry: Cqe) -> Option<(Owner, IoStatus)> {
         if !self.rings.is_head(entry.sq_head(), self.out) || entry.sq_id() != self.queue_id {
             return self.distrust(Trouble::StrangeHead);
@@ -243,11 +245,13 @@ impl<R: Registers> QueuePair<R> {
 
     #[inline]
     fn ring_doorbells(&mut self) {
+        // Never so late that the device could find its ring full.
+        let full = self.out + self.rings.unrung > self.commands_max;
+        if self.rings.unrung >= self.cq_lazy || full {
+            self.acknowledge();
+        }
         if self.rings.has_unsent() {
             self.tally.doorbells += u64::from(self.rings.ring_sq(&*self.registers));
-        }
-        if self.rings.unrung >= self.cq_lazy {
-            self.acknowledge();
         }
     }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use ringmill_core::reactor::DeviceSlot;
 
-use super::common::Tally;
+use super::joint::Tally;
 use super::pairs::Late;
 use super::qpair::QueuePair;
 use super::report::ControllerState;

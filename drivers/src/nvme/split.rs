@@ -11,7 +11,7 @@ use ringmill_core::bdev::Alignment;
 use ringmill_core::limits::NVME_TRANSFER_BYTES_MAX;
 use ringmill_core::mem::{IovaOffset, Segment};
 use ringmill_core::spec::nvme::nvm::DSM_RANGES_MAX;
-use ringmill_core::units::bytes_u64;
+use ringmill_core::units::{bytes_u64, len_u32, usize_of};
 
 use super::list::{Cursor, DataPointer, ListPage};
 use super::parts::{DiscardLimits, NamespaceShape};
@@ -68,6 +68,13 @@ impl Bounds {
             return most_bytes;
         }
         most_bytes.min(self.boundary_bytes - at_bytes % self.boundary_bytes)
+    }
+
+    /// The blocks of a command, from zero: 16 bits.
+    #[inline]
+    pub(super) fn blocks_z(&self, len_bytes: u64) -> u32 {
+        let blocks_z = (len_bytes >> self.block_shift).wrapping_sub(1) & (BLOCKS_MAX - 1);
+        len_u32(usize_of(blocks_z))
     }
 
     /// Where the next at most `len_bytes` of data lie, and how many of them the command can name: whole blocks, 0 when not

@@ -14,9 +14,9 @@ use ringmill_core::reactor::ReactorHandle;
 use ringmill_core::spec::nvme::{csts, event};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::common::{Common, Request, Tally};
 use super::controller::Controller;
 use super::identify::warning_words;
+use super::joint::{Joint, Request, Tally};
 use super::pairs::Pair;
 use super::report::ControllerState;
 use super::{NvmeError, NvmeEvent, NvmeEvents};
@@ -38,7 +38,7 @@ const HEALTH_AGE_MAX: Duration = Duration::from_secs(5);
 /// What the thread owns.
 pub(super) struct Keeper<B: PciBacking> {
     pub(super) controller: Controller<B>,
-    pub(super) common: Arc<Common<B>>,
+    pub(super) common: Arc<Joint<B>>,
     pub(super) pairs: Vec<Pair>,
     /// The highest queue id that the controller granted.
     pub(super) pairs_max: u16,
@@ -150,7 +150,7 @@ impl<B: PciBacking> Keeper<B> {
                     let _ = answer.send(end);
                 }
                 Request::Health(answer) => {
-                    let end = self.unless_lost(Keeper::read_health);
+                    let end = self.unless_lost(Keeper::health);
                     let _ = answer.send(end);
                 }
                 Request::Pair(answer) => {
@@ -279,14 +279,16 @@ impl<B: PciBacking> Keeper<B> {
     }
 
     /// SMART, from the device if what is known is too old.
-    fn read_health(&mut self) -> Result<super::Health, NvmeError> {
+    fn health(&mut self) -> Result<super::Health, NvmeError> {
         let known = self.common.status().health.clone();
-        if let Some((health, at)) = known
-            && at.elapsed() < HEALTH_AGE_MAX
-            && health.critical_warning == self.warnings_seen
-        {
-            return Ok(super::Health { age: at.elapsed(), ..health });
+        match known.filter(|(_, at)| at.elapsed() < HEALTH_AGE_MAX) {
+            Some((health, at)) => Ok(super::Health { age: at.elapsed(), ..health }),
+            None => self.read_health(),
         }
+    }
+
+    /// SMART from the device, which also allows the next event about it.
+    fn read_health(&mut self) -> Result<super::Health, NvmeError> {
         let health = self.controller.health()?;
         let news = health.critical_warning & !self.warnings_seen;
         self.warnings_seen = health.critical_warning;

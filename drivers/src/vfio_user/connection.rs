@@ -62,9 +62,10 @@ enum Slot {
         command: u16,
     },
     Answered(Message),
-    /// Who asked does not wait any more.
+    /// Nobody waits; `late`: any more.
     Abandoned {
         command: u16,
+        late: bool,
     },
 }
 
@@ -199,7 +200,7 @@ impl Connection {
                     return Err(CallError::Gone);
                 }
                 Some(slot) if Instant::now() >= deadline => {
-                    *slot = Slot::Abandoned { command };
+                    *slot = Slot::Abandoned { command, late: true };
                     return Err(CallError::Late);
                 }
                 _ => {}
@@ -238,15 +239,18 @@ impl Connection {
         let mut calls = lock(&self.calls);
         match calls.slots.get_mut(&id) {
             Some(Slot::Answered(_)) => drop(calls.slots.remove(&id)),
-            Some(slot) => *slot = Slot::Abandoned { command },
+            Some(slot) => *slot = Slot::Abandoned { command, late: false },
             None => {}
         }
         Ok(())
     }
 
-    /// True while a command has no answer that somebody gave up waiting for.
+    /// True while an answer is missing that somebody gave up waiting for.
     pub(super) fn lags(&self) -> bool {
-        lock(&self.calls).slots.values().any(|slot| matches!(slot, Slot::Abandoned { .. }))
+        lock(&self.calls)
+            .slots
+            .values()
+            .any(|slot| matches!(slot, Slot::Abandoned { late: true, .. }))
     }
 
     /// Takes an id and sends.
@@ -345,7 +349,7 @@ impl Connection {
                 *slot = Slot::Answered(message);
                 self.answered.notify_all();
             }
-            Some(Slot::Abandoned { command: asked }) if *asked == command => {
+            Some(Slot::Abandoned { command: asked, .. }) if *asked == command => {
                 calls.slots.remove(&id);
             }
             _ => return Err(ProtocolError::Unasked { id, command }),

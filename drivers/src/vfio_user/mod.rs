@@ -112,7 +112,7 @@ pub struct VfioUserBacking {
 
 impl VfioUserBacking {
     /// Connects to the server at `traddr`: its socket, or a directory with the socket `cntrl` in it. Blocks while the server
-    /// answers, at most some seconds.
+    /// answers some twenty questions, each within its [`Patience`].
     ///
     /// # Errors
     /// No server there, one that breaks the protocol or does not answer, or no PCI device.
@@ -475,12 +475,14 @@ impl PciBacking for VfioUserBacking {
         if vector >= self.vectors.1 {
             return Err(refused(self.name(), format!("it has no interrupt vector {vector}")));
         }
-        let deadline = Instant::now() + self.patience.bind;
+        let lags = self.connection.lags();
+        let now = Instant::now();
+        let deadline = if lags { now } else { now + self.patience.bind };
         let payload = set_eventfd(self.vectors.0, vector.into());
         let command = command::DEVICE_SET_IRQS;
         match eventfd {
             None => self.connection.tell(command, &payload, &[], deadline),
-            Some(_) if self.connection.lags() => Err(CallError::Late),
+            Some(_) if lags => Err(CallError::Late),
             Some(fd) => self.connection.try_call(command, &payload, &[fd], deadline).map(drop),
         }
         .map_err(|error| error.at(self.name(), "cannot bind an interrupt"))

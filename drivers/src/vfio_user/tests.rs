@@ -596,6 +596,25 @@ fn a_late_server_does_not_keep_a_reactor_from_work_and_is_asked_again_later() {
 }
 
 #[test]
+fn giving_up_a_vector_waits_for_nothing_and_does_not_count_as_late() {
+    let fake = fake(|peer, message| {
+        let sets = peer.seen.iter().filter(|(c, _)| *c == command::DEVICE_SET_IRQS).count();
+        // REQ, ERR, and then the vector.
+        if message.header.command == command::DEVICE_SET_IRQS && sets == 3 {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        Next::Answer
+    });
+    let backing = fake.connect().unwrap();
+    let eventfd = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+    let start = Instant::now();
+    backing.bind_vector(0, None).unwrap();
+    assert!(start.elapsed() < Duration::from_millis(80), "{:?}", start.elapsed());
+    backing.bind_vector(0, Some(eventfd.as_fd())).unwrap();
+    assert!(start.elapsed() >= Duration::from_millis(100), "it was bound when the call came back");
+}
+
+#[test]
 fn nobody_there_is_an_error_in_words() {
     let dir = TempDir::new().unwrap();
     let error = VfioUserBacking::connect(dir.path()).unwrap_err().to_string();

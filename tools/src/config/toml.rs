@@ -1,9 +1,14 @@
-//! The TOML form of a configuration: `[daemon]` and `[[disk]]` tables.
+//! The TOML form of a configuration: `[daemon]`, `[[nvme]]` and `[[disk]]` tables.
 //!
 //! Walks the parsed tables by hand, because every mistake is to be reported with its line and column, the nearest
-//! known key and what is allowed. A disk becomes two calls: one makes the bdev, one shows it to guests.
+//! known key and what is allowed. A disk becomes two calls: one makes the bdev, one shows it to guests. Controllers of
+//! `[[nvme]]` come before all disks, whatever their order in the file.
 
-use std::{collections::BTreeSet, ops::Range, path::PathBuf};
+use std::{
+    collections::BTreeSet,
+    ops::Range,
+    path::{Path, PathBuf},
+};
 
 use serde_json::{Map, Value, json};
 use toml::de::{DeTable, DeValue};
@@ -13,11 +18,37 @@ use crate::rpc::{
     cpumask,
     engine::{CacheMode, LogLevel, PinMode},
     nearest::hint,
+    nvme,
+    pci_address::PciAddress,
 };
 
 type Spanned<T> = toml::Spanned<T>;
 
-const TOP_KEYS: &[&str] = &["daemon", "disk"];
+const TOP_KEYS: &[&str] = &["daemon", "disk", "nvme"];
+const NVME_KEYS: &[&str] = &[
+    "action_on_timeout",
+    "address",
+    "name",
+    "queue_depth",
+    "queues",
+    "socket",
+    "timeout_admin_ms",
+    "timeout_ms",
+];
+/// What a disk over a bdev that is there already has not of its own.
+const OWN_KEYS: [&str; 11] = [
+    "backend",
+    "block_size",
+    "cache",
+    "device_queues",
+    "format",
+    "iopoll",
+    "kind",
+    "path",
+    "size",
+    "transfers",
+    "uuid",
+];
 const DAEMON_KEYS: &[&str] = &[
     "cores",
     "idle",
@@ -30,6 +61,7 @@ const DAEMON_KEYS: &[&str] = &[
 ];
 const DISK_KEYS: &[&str] = &[
     "backend",
+    "bdev",
     "block_size",
     "cache",
     "controller",
@@ -71,21 +103,110 @@ pub fn parse(file: &str, text: &str) -> Result<Config, ConfigError> {
         let section = Section { source: &source, title: "[daemon]", table, span };
         daemon(&section, &mut config)?;
     }
-    if let Some((value, span)) = top.get("disk") {
-        let not_tables = |span| {
-            source.mistake(span, "disks are written as [[disk]], with two brackets, once per disk")
-        };
-        let DeValue::Array(disks) = value else { return Err(not_tables(span)) };
-        let mut taken = BTreeSet::new();
-        for entry in disks.iter() {
-            let DeValue::Table(table) = entry.get_ref() else {
-                return Err(not_tables(entry.span()));
-            };
-            let section = Section { source: &source, title: "[[disk]]", table, span: entry.span() };
-            disk(&section, &mut config, &mut taken)?;
-        }
+    let mut taken = BTreeSet::new();
+    for section in tables(&top, "nvme", "[[nvme]]")? {
+        nvme(&section, &mut config, &mut taken)?;
+    }
+    for section in tables(&top, "disk", "[[disk]]")? {
+        disk(&section, &mut config, &mut taken)?;
     }
     Ok(config)
+}
+
+/// The tables of an array of tables.
+fn tables<'a>(
+    top: &Section<'a>,
+    key: &str,
+    title: &'static str,
+) -> Result<Vec<Section<'a>>, ConfigError> {
+    let source = top.source;
+    let not_tables = |span| {
+        source.mistake(
+            span,
+            format!("{key}s are written as {title}, with two brackets, once per {key}"),
+        )
+    };
+    let Some((value, span)) = top.get(key) else { return Ok(Vec::new()) };
+    let DeValue::Array(entries) = value else { return Err(not_tables(span)) };
+    let section = |entry: &'a Spanned<DeValue<'a>>| match entry.get_ref() {
+        DeValue::Table(table) => Ok(Section { source, title, table, span: entry.span() }),
+        _ => Err(not_tables(entry.span())),
+    };
+    entries.iter().map(section).collect()
+}
+
+/// A controller that ringmill drives itself.
+fn nvme(
+    section: &Section<'_>,
+    config: &mut Config,
+    taken: &mut BTreeSet<String>,
+) -> Result<(), ConfigError> {
+    section.check_keys(NVME_KEYS)?;
+    let Some((name, name_span)) = section.text("name")? else {
+        return Err(section.mistake("an [[nvme]] needs a \"name\""));
+    };
+    if !taken.insert(format!("nvme {name}")) {
+        let message = format!("there are two NVMe controllers named \"{name}\"; rename one");
+        return Err(section.source.mistake(name_span, message));
+    }
+    let (trtype, traddr) = match (section.text("address")?, section.text("socket")?) {
+        (Some((address, span)), None) => match PciAddress::parse(address) {
+            Some(address) => ("PCIe", address.to_string()),
+            None => {
+                let message = format!(
+                    "\"address\" = {} is not a PCI address; write it as \"0000:01:00.0\" (`ringmillctl pci list` shows them)",
+                    json!(address)
+                );
+                return Err(section.source.mistake(span, message));
+            }
+        },
+        (None, Some((socket, span))) => {
+            if !Path::new(socket).is_absolute() {
+                let message = format!(
+                    "\"socket\" = {} must be an absolute path: of a vfio-user socket, or of the directory where it is called cntrl",
+                    json!(socket)
+                );
+                return Err(section.source.mistake(span, message));
+            }
+            ("vfiouser", socket.to_owned())
+        }
+        _ => {
+            return Err(section.mistake(format!(
+                "NVMe controller \"{name}\" needs either the \"address\" of a PCI function or the \"socket\" of a vfio-user server"
+            )));
+        }
+    };
+    if !taken.insert(format!("at {traddr}")) {
+        return Err(section.mistake(format!("two NVMe controllers are at {traddr}; remove one")));
+    }
+    let mut params = Map::new();
+    params.insert("name".to_owned(), name.into());
+    params.insert("trtype".to_owned(), trtype.into());
+    params.insert("traddr".to_owned(), traddr.into());
+    for (key, param) in [("queues", "num_io_queues"), ("queue_depth", "io_queue_requests")] {
+        if let Some((number, _)) = section.number(key)? {
+            params.insert(param.to_owned(), number.into());
+        }
+    }
+    if let Some(action) = section.word("action_on_timeout", &nvme::ACTIONS)? {
+        params.insert("action_on_timeout".to_owned(), action.into());
+    }
+    for (key, param) in [("timeout_ms", "timeout_us"), ("timeout_admin_ms", "timeout_admin_us")] {
+        if let Some((millis, span)) = section.number(key)? {
+            let micros = millis.checked_mul(1000).filter(|us| *us <= nvme::TIMEOUT_US_MAX);
+            let Some(micros) = micros.filter(|us| *us == 0 || *us >= nvme::TIMEOUT_US_MIN) else {
+                let message = format!(
+                    "\"{key}\" = {millis} must be 0 or from {} to {}",
+                    nvme::TIMEOUT_US_MIN / 1000,
+                    nvme::TIMEOUT_US_MAX / 1000
+                );
+                return Err(section.source.mistake(span, message));
+            };
+            params.insert(param.to_owned(), micros.into());
+        }
+    }
+    section.call(config, "bdev_nvme_attach_controller", params);
+    Ok(())
 }
 
 fn daemon(section: &Section<'_>, config: &mut Config) -> Result<(), ConfigError> {
@@ -138,12 +259,15 @@ fn disk(
             .source
             .mistake(name_span, format!("there are two disks named \"{name}\"; rename one")));
     }
+    if let Some((bdev, _)) = section.text("bdev")? {
+        return shown_bdev(section, config, taken, name, bdev);
+    }
     let backend = match section.either_word("backend", "kind", &BACKENDS)? {
         Some(backend) => backend,
         None if section.get("path").is_some() => "uring",
         None => {
             return Err(section.mistake(format!(
-                "disk \"{name}\" needs a \"path\" (a file or block device), or a \"backend\" that is null or malloc and a \"size\""
+                "disk \"{name}\" needs a \"path\" (a file or block device), a \"bdev\" (a namespace of an [[nvme]]), or a \"backend\" that is null or malloc and a \"size\""
             )));
         }
     };
@@ -167,7 +291,32 @@ fn disk(
         if backend == "null" { "bdev_null_create" } else { "bdev_malloc_create" }
     };
     section.call(config, method, bdev);
-    controller(section, config, taken, name, readonly)
+    controller(section, config, taken, (name, name), readonly)
+}
+
+/// A disk over a bdev that something else makes: a namespace of an NVMe controller.
+fn shown_bdev(
+    section: &Section<'_>,
+    config: &mut Config,
+    taken: &mut BTreeSet<String>,
+    name: &str,
+    bdev: &str,
+) -> Result<(), ConfigError> {
+    let own = OWN_KEYS.iter().find_map(|key| Some((key, section.get(key)?.1)));
+    if let Some((key, span)) = own {
+        let message = format!(
+            "disk \"{name}\" shows the bdev {bdev}, which comes with its controller; leave \"{key}\" out"
+        );
+        return Err(section.source.mistake(span, message));
+    }
+    if let Some((DeValue::Boolean(false), span)) = section.get("controller") {
+        let message = format!(
+            "disk \"{name}\" only shows the bdev {bdev}; without a controller it is nothing"
+        );
+        return Err(section.source.mistake(span, message));
+    }
+    let readonly = section.flag("readonly")?.unwrap_or(false);
+    controller(section, config, taken, (name, bdev), readonly)
 }
 
 /// A file or block device.
@@ -241,7 +390,7 @@ fn controller(
     section: &Section<'_>,
     config: &mut Config,
     taken: &mut BTreeSet<String>,
-    disk: &str,
+    (disk, bdev): (&str, &str),
     readonly: bool,
 ) -> Result<(), ConfigError> {
     let (controller, span) = match section.get("controller") {
@@ -263,7 +412,7 @@ fn controller(
     }
     let mut params = Map::new();
     params.insert("ctrlr".to_owned(), controller.into());
-    params.insert("dev_name".to_owned(), disk.into());
+    params.insert("dev_name".to_owned(), bdev.into());
     if readonly {
         params.insert("readonly".to_owned(), true.into());
     }
@@ -532,6 +681,73 @@ controller = false
         let lines: Vec<String> = calls.iter().map(Value::to_string).collect();
         insta::assert_snapshot!(lines.join("\n"));
         super::super::check_calls(&config.calls).unwrap();
+    }
+
+    #[test]
+    fn nvme_controllers_come_before_the_disks_that_show_them() {
+        let config = parse(
+            "a.toml",
+            r#"
+[[disk]]
+name = "vm1"
+bdev = "Nvme0n1"
+serial = "S1"
+queues = 4
+
+[[disk]]
+name = "vm2"
+bdev = "Nvme1n2"
+controller = "two"
+readonly = true
+
+[[nvme]]
+name = "Nvme0"
+address = "01:00.0"
+
+[[nvme]]
+name = "Nvme1"
+socket = "/run/vfu/1"
+queues = 1
+queue_depth = 64
+timeout_ms = 5000
+timeout_admin_ms = 0
+action_on_timeout = "reset"
+"#,
+        )
+        .unwrap();
+        let calls: Vec<String> = config
+            .calls
+            .iter()
+            .map(|call| json!([call.place, call.method, call.params]).to_string())
+            .collect();
+        insta::assert_snapshot!(calls.join("\n"));
+        super::super::check_calls(&config.calls).unwrap();
+    }
+
+    #[test]
+    fn mistakes_about_nvme_are_as_plain() {
+        let socket = "[[nvme]]\nname = \"a\"\nsocket = \"/x\"\n";
+        let mistakes = [
+            "[nvme]\nname = \"a\"\n".to_owned(),
+            "[[nvme]]\naddress = \"01:00.0\"\n".to_owned(),
+            "[[nvme]]\nname = \"a\"\n".to_owned(),
+            "[[nvme]]\nname = \"a\"\naddress = \"nvme0\"\n".to_owned(),
+            "[[nvme]]\nname = \"a\"\nsocket = \"x\"\n".to_owned(),
+            "[[nvme]]\nname = \"a\"\nadress = \"01:00.0\"\n".to_owned(),
+            format!("{socket}address = \"01:00.0\"\n"),
+            format!("{socket}timeout_ms = 9\n"),
+            format!("{socket}timeout_ms = 18446744073709551615\n"),
+            format!("{socket}queues = \"all\"\n"),
+            format!("{socket}action_on_timeout = \"abrt\"\n"),
+            format!("{socket}{socket}"),
+            format!("{socket}[[nvme]]\nname = \"b\"\nsocket = \"/x\"\n"),
+            format!("{socket}[[disk]]\nname = \"a\"\nbdev = \"an1\"\npath = \"/y\"\n"),
+            format!("{socket}[[disk]]\nname = \"a\"\nbdev = \"an1\"\ncontroller = false\n"),
+        ];
+        let messages: Vec<String> =
+            mistakes.iter().map(|text| parse("vm.toml", text).unwrap_err().to_string()).collect();
+        assert!(messages.iter().all(|message| !message.contains('\n')));
+        insta::assert_snapshot!(messages.join("\n"));
     }
 
     #[test]

@@ -60,7 +60,7 @@ fn value(param: Option<&Param>, text: &str) -> Value {
             list @ Value::Array(_) => list,
             _ => text.split(',').collect(),
         },
-        Some(Kind::Flag | Kind::Number(_) | Kind::Unsupported) | None => as_json(),
+        Some(Kind::Flag | Kind::Number(_) | Kind::Unsupported | Kind::Fixed(_)) | None => as_json(),
     }
 }
 

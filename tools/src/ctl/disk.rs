@@ -20,8 +20,9 @@ pub(super) enum DiskCommand {
   ringmillctl disk add vm1 --file /images/vm1.raw --serial VM1
   ringmillctl disk add vm2 --file /dev/vg0/vm2 --cores 0x3
   ringmillctl disk add scratch --ram 1GiB
+  ringmillctl disk add vm3 --bdev Nvme0n1              (after `ringmillctl nvme attach`)
   ringmillctl disk add bench --null 100G --no-controller")]
-    Add(AddArgs),
+    Add(Box<AddArgs>),
     /// All disks
     List,
     /// Take a disk away from its guest and close it; the image file stays
@@ -56,7 +57,7 @@ pub(super) enum DiskCommand {
 }
 
 #[derive(Debug, Args)]
-#[command(group = clap::ArgGroup::new("backend").required(true).args(["file", "ram", "null"]))]
+#[command(group = clap::ArgGroup::new("backend").required(true).args(["file", "ram", "null", "bdev"]))]
 pub(super) struct AddArgs {
     /// Name of the disk, and of its socket
     name: String,
@@ -69,6 +70,9 @@ pub(super) struct AddArgs {
     /// A disk of this size that never touches data, for benchmarks
     #[arg(long, value_name = "SIZE")]
     null: Option<String>,
+    /// A bdev that is there already: a namespace of an NVMe controller
+    #[arg(long, value_name = "BDEV", conflicts_with_all = ["block_size", "device_queues", "no_controller"])]
+    bdev: Option<String>,
     /// Serial number the guest sees [default: the name]
     #[arg(long)]
     serial: Option<String>,
@@ -91,11 +95,20 @@ pub(super) struct AddArgs {
     /// [default: one per reactor]
     #[arg(long, value_name = "N")]
     device_queues: Option<u16>,
+    /// Poll the block device instead of waiting for its interrupts (it needs queues for that)
+    #[arg(long, requires = "file")]
+    iopoll: bool,
+    /// How files that are memory (tmpfs, zram) are read and written: auto, by the reactor itself; ring, through io_uring
+    #[arg(long, requires = "file", value_name = "HOW")]
+    transfers: Option<String>,
+    /// Pin the guest's memory: auto, on or off (read docs/operations.md first) [default: auto]
+    #[arg(long)]
+    pin: Option<String>,
     /// Use the file as it is, though it looks like qcow2, VMDK, VHDX or VDI
     #[arg(long, requires = "file")]
     raw: bool,
     /// Do not make a socket
-    #[arg(long, conflicts_with_all = ["serial", "cores", "queues"])]
+    #[arg(long, conflicts_with_all = ["serial", "cores", "queues", "pin"])]
     no_controller: bool,
 }
 
@@ -110,19 +123,29 @@ pub(super) fn run(context: &mut Context<'_>, command: DiskCommand) -> Result<(),
 }
 
 fn add(context: &mut Context<'_>, args: &AddArgs) -> Result<(), CtlError> {
-    let (method, params) = bdev_call(args)?;
-    context.call(method, params)?;
+    let bdev = args.bdev.as_ref().unwrap_or(&args.name);
+    let made = match &args.bdev {
+        Some(_) => None,
+        None => {
+            let (method, params) = bdev_call(args)?;
+            context.call(method, params)?;
+            Some(method)
+        }
+    };
     if args.no_controller {
         let line = format!("disk {} is there, without a socket", args.name);
         return context.say(&json!({ "bdev": args.name, "ctrlr": null, "socket": null }), &line);
     }
     let mut params = Map::new();
     params.insert("ctrlr".to_owned(), args.name.clone().into());
-    params.insert("dev_name".to_owned(), args.name.clone().into());
+    params.insert("dev_name".to_owned(), bdev.clone().into());
     if args.readonly {
         params.insert("readonly".to_owned(), true.into());
     }
-    for (key, value) in [("serial", &args.serial), ("cpumask", &args.cores)] {
+    let serial = args.serial.as_ref().or_else(|| args.bdev.as_ref().map(|_| &args.name));
+    for (key, value) in
+        [("serial", serial), ("cpumask", args.cores.as_ref()), ("pin", args.pin.as_ref())]
+    {
         if let Some(value) = value {
             params.insert(key.to_owned(), value.clone().into());
         }
@@ -131,6 +154,7 @@ fn add(context: &mut Context<'_>, args: &AddArgs) -> Result<(), CtlError> {
         params.insert("num_queues".to_owned(), queues.into());
     }
     if let Err(error) = context.call("vhost_create_blk_controller", Value::Object(params)) {
+        let Some(method) = made else { return Err(error) };
         // A disk without its socket is not what was asked for: undo the first half.
         let undone =
             context.call(&method.replace("_create", "_delete"), json!({ "name": args.name }));
@@ -153,7 +177,7 @@ fn add(context: &mut Context<'_>, args: &AddArgs) -> Result<(), CtlError> {
         .map_or("-", |controller| text_of(controller, "socket"))
         .to_owned();
     let line = format!("disk {} is there; its guest connects to {socket}", args.name);
-    context.say(&json!({ "bdev": args.name, "ctrlr": args.name, "socket": socket }), &line)
+    context.say(&json!({ "bdev": bdev, "ctrlr": args.name, "socket": socket }), &line)
 }
 
 fn bdev_call(args: &AddArgs) -> Result<(&'static str, Value), CtlError> {
@@ -185,6 +209,12 @@ fn bdev_call(args: &AddArgs) -> Result<(&'static str, Value), CtlError> {
         if args.readonly {
             params.insert("readonly".to_owned(), true.into());
         }
+        if args.iopoll {
+            params.insert("iopoll".to_owned(), true.into());
+        }
+        if let Some(transfers) = &args.transfers {
+            params.insert("transfers".to_owned(), transfers.clone().into());
+        }
         if args.raw {
             params.insert("format".to_owned(), "raw".into());
         }
@@ -196,7 +226,9 @@ fn bdev_call(args: &AddArgs) -> Result<(&'static str, Value), CtlError> {
     let (option, method, text) = match (&args.ram, &args.null) {
         (Some(text), _) => ("--ram", "bdev_malloc_create", text),
         (None, Some(text)) => ("--null", "bdev_null_create", text),
-        (None, None) => return Err(CtlError::Usage("give --file, --ram or --null".to_owned())),
+        (None, None) => {
+            return Err(CtlError::Usage("give --file, --ram, --null or --bdev".to_owned()));
+        }
     };
     let bytes = size::parse(text).map_err(|message| usage(option, message))?;
     let block_size = block_size.unwrap_or(512);
@@ -235,11 +267,16 @@ pub(super) fn table(bdevs: &Value, controllers: &Value) -> String {
 
 fn row(bdev: &Value, controllers: &Value) -> Vec<String> {
     let name = text_of(bdev, "name");
-    let image = &bdev["driver_specific"]["uring"];
+    let specific = &bdev["driver_specific"];
+    let image = match text_of(&specific["uring"], "filename") {
+        "-" => text_of(&specific["nvme"][0]["trid"], "traddr"),
+        path => path,
+    };
     let kind = match text_of(bdev, "product_name") {
         "Null disk" => "null",
         "Malloc disk" => "ram",
         "URING bdev" => "file",
+        "NVMe disk" => "nvme",
         other => other,
     };
     let block_size = number_of(bdev, "block_size");
@@ -253,7 +290,7 @@ fn row(bdev: &Value, controllers: &Value) -> Vec<String> {
         kind.to_owned(),
         size::format(number_of(bdev, "num_blocks").saturating_mul(block_size)),
         block_size.to_string(),
-        text_of(image, "filename").to_owned(),
+        image.to_owned(),
         guest,
         controller.map_or("-", |controller| text_of(controller, "socket")).to_owned(),
     ]
@@ -274,6 +311,12 @@ fn remove(context: &mut Context<'_>, name: &str) -> Result<(), CtlError> {
         "Null disk" => "bdev_null_delete",
         "Malloc disk" => "bdev_malloc_delete",
         "URING bdev" => "bdev_uring_delete",
+        "NVMe disk" => {
+            let line = format!(
+                "disk {name} is shown to no guest; it goes with its controller (`ringmillctl nvme detach`)"
+            );
+            return context.say(&json!({ "removed": null, "bdev": name }), &line);
+        }
         other => {
             return Err(CtlError::Usage(format!(
                 "disk \"{name}\" is a {other}; remove it with `ringmillctl call`"

@@ -38,7 +38,7 @@ pub(super) fn help(topic: Option<&str>, out: &mut dyn Write) -> Result<(), CtlEr
 
 fn method_text(method: &Method) -> String {
     let mut text = format!("{}\n  {}\n", method.name, method.help);
-    let params = || method.params.iter().filter(|param| param.kind != Kind::Unsupported);
+    let params = || method.params.iter().filter(|param| !param.is_ignored());
     if params().next().is_none() {
         text.push_str("\nNo parameters.\n");
     } else {
@@ -63,6 +63,17 @@ fn method_text(method: &Method) -> String {
     if !ignored.is_empty() {
         text.push_str(&format!("\nAccepted only as false or 0: {}\n", ignored.join(", ")));
     }
+    let fixed: Vec<String> = method
+        .params
+        .iter()
+        .filter_map(|param| match param.kind {
+            Kind::Fixed(texts) => Some(format!("{} = {}", param.name, texts.join(" or "))),
+            _ => None,
+        })
+        .collect();
+    if !fixed.is_empty() {
+        text.push_str(&format!("\nAccepted only so: {}\n", fixed.join(", ")));
+    }
     let example: Vec<String> = params()
         .filter(|param| param.required)
         .map(|param| format!("{}={}", param.name, sample(param.kind)))
@@ -80,5 +91,6 @@ fn sample(kind: Kind) -> String {
         Kind::Numbers => "10,100,1000".to_owned(),
         Kind::Word(words) => words.first().copied().unwrap_or_default().to_owned(),
         Kind::Unsupported => "false".to_owned(),
+        Kind::Fixed(texts) => texts.first().copied().unwrap_or_default().to_owned(),
     }
 }

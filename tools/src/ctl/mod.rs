@@ -10,6 +10,7 @@ mod config;
 mod disk;
 mod help;
 mod hist;
+mod nvme;
 mod pci;
 mod status;
 
@@ -71,6 +72,10 @@ enum Command {
     /// Latencies per stage: queue, device, complete, total
     #[command(subcommand)]
     Hist(hist::HistCommand),
+
+    /// Attach, list, reset and detach NVMe controllers that the daemon drives itself
+    #[command(subcommand)]
+    Nvme(nvme::NvmeCommand),
 
     /// PCI controllers of this machine: list them, give them to vfio-pci and back (without a daemon)
     Pci(pci::PciArgs),
@@ -234,6 +239,7 @@ fn run(cli: Cli, out: &mut dyn Write) -> Result<(), CtlError> {
     let mut context = Context { client, out, json: cli.json };
     match cli.command {
         Command::Disk(command) => disk::run(&mut context, command),
+        Command::Nvme(command) => nvme::run(&mut context, command),
         Command::Status => status::run(&mut context),
         Command::Hist(command) => hist::run(&mut context, command),
         Command::Call { method, params } => {

@@ -195,6 +195,13 @@ impl Daemon {
             self.server.turn(now, &mut self.dispatcher.bind(&mut self.engine));
         }
         self.engine.settle(now);
+        let vanished = self.engine.take_vanished();
+        for name in vanished.bdevs {
+            self.dispatcher.bdev_vanished(&name);
+        }
+        for (name, bdevs) in vanished.controllers {
+            self.dispatcher.nvme_vanished(&name, bdevs);
+        }
         for (token, result) in self.engine.finished() {
             let answer = self.dispatcher.finished(token, result);
             let answer = match &mut self.run {
@@ -296,7 +303,10 @@ impl Daemon {
         let start = Instant::now();
         self.engine.begin_shutdown();
         self.engine.settle(start);
-        while !self.engine.draining().is_empty() && start.elapsed() < SHUTDOWN_MAX {
+        let is_busy = |engine: &DaemonEngine| {
+            !engine.draining().is_empty() || !engine.nvme_names().is_empty()
+        };
+        while is_busy(&self.engine) && start.elapsed() < SHUTDOWN_MAX {
             self.round(Duration::from_millis(50))?;
             // The RPC is still answered; what it creates now goes at once.
             self.engine.begin_shutdown();
@@ -304,6 +314,11 @@ impl Daemon {
         let written = Instant::now();
         while self.server.has_output() && written.elapsed() < LAST_WORDS_MAX {
             self.round(Duration::from_millis(10))?;
+        }
+        let attached = self.engine.nvme_names();
+        if !attached.is_empty() {
+            // The kernel resets the device when the process ends; nothing writes to memory that is not its own.
+            tracing::warn!("not detached in time: NVMe controllers {}", attached.join(", "));
         }
         Ok(self.engine.draining())
     }

@@ -10,27 +10,29 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
-use ringmill_core::bdev::{Bdev, BdevError, Registry, RegistryError};
+use ringmill_core::bdev::{Bdev, Registry, RegistryError};
 use ringmill_core::cross::CrossBdev;
 use ringmill_core::io::IoOp;
 use ringmill_core::reactor::{self, ReactorHandle, tick_rate, ticks_now};
 use ringmill_core::stats::{LatencySnapshot, Stage};
 use ringmill_drivers::malloc::{MallocBdev, MallocOptions};
 use ringmill_drivers::null::{NullBdev, NullOptions};
-use ringmill_drivers::uring::{UringBdev, UringOpenError, UringOptions};
+use ringmill_drivers::uring::{UringBdev, UringOptions};
 use ringmill_vmm_glue::blk::{
-    Controller, ControllerError, ControllerSpec as GlueSpec, ControllerState, Event, EventSender,
+    Controller, ControllerSpec as GlueSpec, ControllerState, Event, EventSender,
 };
 
+use super::errors::{bdev_error, controller_error, failed, io_errno, open_error, registry_error};
 use super::figures::{DiskFigures, IoBaselines};
 use super::jobs::{Applied, Jobs};
 use super::log::Log;
+use super::nvme::{NvmeControllers, NvmeDisk};
 use super::views;
 use crate::rpc::Token;
 use crate::rpc::engine::{
     BackendSpec, BdevInfo, BdevKind, BdevSpec, ControllerInfo, ControllerSpec, Engine, EngineError,
-    IdlePolicy, ImageInfo, IoStats, LatencyFilter, LatencyRow, LogLevel, PinMode, Progress,
-    ReactorInfo, ResetMode, Resize, Started,
+    IdlePolicy, ImageInfo, IoStats, LatencyFilter, LatencyRow, LogLevel, Outcome, PinMode,
+    Progress, ReactorInfo, ResetMode, Resize, Started,
 };
 
 /// How long a start waits for the lock of an image that a dying predecessor still holds.
@@ -58,8 +60,9 @@ pub(super) struct Disk {
     pub(super) name: String,
     pub(super) bdev: Arc<dyn Bdev>,
     pub(super) kind: BdevKind,
-    null: Option<Arc<NullBdev>>,
+    pub(super) null: Option<Arc<NullBdev>>,
     pub(super) image: Option<ImageInfo>,
+    pub(super) nvme: Option<NvmeDisk>,
 }
 
 /// Queues on their way to other cores.
@@ -101,51 +104,10 @@ pub struct DaemonEngine {
     latency_bases: HashMap<String, LatencyBase>,
     idle: (IdlePolicy, u32),
     log: Log,
-    finished: Vec<(Token, Result<(), EngineError>)>,
+    pub(super) finished: Vec<(Token, Result<Outcome, EngineError>)>,
+    pub(super) nvme: NvmeControllers,
     stop_signal: Option<i32>,
     pub(super) started: Instant,
-}
-
-fn failed(errno: i32, message: impl Into<String>) -> EngineError {
-    EngineError::Failed { errno, message: message.into() }
-}
-
-fn io_errno(error: &std::io::Error) -> i32 {
-    error.raw_os_error().unwrap_or(libc::EIO)
-}
-
-fn bdev_error(error: &BdevError) -> EngineError {
-    match error {
-        BdevError::Geometry { .. } => EngineError::Refused(error.to_string()),
-        BdevError::Io { source, .. } => failed(io_errno(source), error.to_string()),
-        BdevError::Memory(_) => failed(libc::ENOMEM, error.to_string()),
-        BdevError::Ring(_) | BdevError::Refused { .. } => failed(libc::EINVAL, error.to_string()),
-    }
-}
-
-fn registry_error(error: RegistryError) -> EngineError {
-    match error {
-        RegistryError::Exists(_) => failed(libc::EEXIST, error.to_string()),
-        RegistryError::Missing(name) => EngineError::NoBdev(name),
-        RegistryError::Claimed { .. } | RegistryError::Name(_) => {
-            EngineError::Refused(error.to_string())
-        }
-    }
-}
-
-fn controller_error(error: ControllerError) -> EngineError {
-    match error {
-        ControllerError::Socket { ref source, .. } => failed(io_errno(source), error.to_string()),
-        ControllerError::Bdev(error @ RegistryError::Missing(_)) => {
-            EngineError::Refused(error.to_string())
-        }
-        ControllerError::Bdev(error) => registry_error(error),
-        other => EngineError::Refused(other.to_string()),
-    }
-}
-
-fn open_error(error: &UringOpenError) -> EngineError {
-    failed(error.errno(), error.to_string())
 }
 
 impl DaemonEngine {
@@ -187,13 +149,14 @@ impl DaemonEngine {
             idle,
             log,
             finished: Vec::new(),
+            nvme: NvmeControllers::default(),
             stop_signal: None,
             started: Instant::now(),
         })
     }
 
     /// Operations that have ended since the last call.
-    pub fn finished(&mut self) -> Vec<(Token, Result<(), EngineError>)> {
+    pub fn finished(&mut self) -> Vec<(Token, Result<Outcome, EngineError>)> {
         std::mem::take(&mut self.finished)
     }
 
@@ -224,6 +187,7 @@ impl DaemonEngine {
     /// Notices moves that are over, controllers and bdevs that are gone, and what has waited long enough.
     pub fn settle(&mut self, now: Instant) {
         self.settle_moves(now);
+        self.settle_nvme(now);
         let mut at = 0;
         while at < self.controllers.len() {
             if self.controllers[at].state() != ControllerState::Deleted {
@@ -237,7 +201,7 @@ impl DaemonEngine {
             self.former.entry(controller.spec().bdev.clone()).or_default().add(&figures);
             self.latency_bases.remove(&name);
             if let Some(deletion) = self.deletions.remove(&name) {
-                self.finished.push((deletion.token, Ok(())));
+                self.finished.push((deletion.token, Ok(Outcome::Done)));
             }
         }
         let late: Vec<String> = self
@@ -249,7 +213,7 @@ impl DaemonEngine {
         for name in late {
             if let Some(deletion) = self.deletions.remove(&name) {
                 tracing::warn!(controller = %name, "still draining; the deletion goes on");
-                self.finished.push((deletion.token, Ok(())));
+                self.finished.push((deletion.token, Ok(Outcome::Done)));
             }
         }
         let registry = &self.registry;
@@ -257,7 +221,7 @@ impl DaemonEngine {
         self.bdev_deletions.retain(|(name, token)| {
             let gone = registry.get(name).is_err();
             if gone {
-                finished.push((*token, Ok(())));
+                finished.push((*token, Ok(Outcome::Done)));
             }
             !gone
         });
@@ -266,7 +230,8 @@ impl DaemonEngine {
     fn settle_moves(&mut self, now: Instant) {
         for (ticket, result) in self.controllers.iter_mut().flat_map(Controller::take_moved) {
             if let Some(one) = self.moves.remove(&ticket) {
-                let result = result.map_err(|problem| failed(libc::EBUSY, problem));
+                let result =
+                    result.map(|()| Outcome::Done).map_err(|problem| failed(libc::EBUSY, problem));
                 self.finished.push((one.token, result));
             }
         }
@@ -290,12 +255,18 @@ impl DaemonEngine {
     pub fn timeout(&self, now: Instant) -> Option<Duration> {
         let deletions = self.deletions.values().map(|d| d.deadline);
         let moves = self.moves.values().map(|m| m.deadline);
-        deletions.chain(moves).map(|deadline| deadline.saturating_duration_since(now)).min()
+        let nvme = self.nvme_deadline();
+        deletions
+            .chain(moves)
+            .chain(nvme)
+            .map(|deadline| deadline.saturating_duration_since(now))
+            .min()
     }
 
     /// Begins to shut down: every controller lets its guests go.
     pub fn begin_shutdown(&mut self) {
         self.controllers.iter_mut().for_each(Controller::begin_delete);
+        self.nvme_shut_down(Instant::now());
     }
 
     /// The disks whose requests have not come back.
@@ -316,12 +287,16 @@ impl DaemonEngine {
             .ok_or_else(|| EngineError::NoBdev(name.to_owned()))
     }
 
-    fn add_disk(&mut self, disk: Disk) -> Result<(), EngineError> {
+    pub(super) fn add_disk(&mut self, disk: Disk) -> Result<(), EngineError> {
         self.registry.add(Arc::clone(&disk.bdev)).map_err(registry_error)?;
         self.former.remove(&disk.name);
         self.io_baselines.forget(&disk.name);
         self.disks.push(disk);
         Ok(())
+    }
+
+    pub(super) fn forget_figures(&mut self, name: &str) {
+        self.histograms.remove(name);
     }
 
     /// A disk with so many device queues: with fewer than reactors each gets an owner, the next reactor in turn.
@@ -366,9 +341,10 @@ impl DaemonEngine {
                         kind: BdevKind::Uring,
                         null: None,
                         image: Some(image),
+                        nvme: None,
                     })
                 });
-                engine.finished.push((token, result));
+                engine.finished.push((token, result.map(|()| Outcome::Done)));
             })
         };
         self.jobs
@@ -446,7 +422,13 @@ impl Engine for DaemonEngine {
             .filter(|(_, owner)| owner.is_some())
             .map(|(bdev, _)| bdev.info().name().to_owned())
             .collect();
-        self.disks.iter().map(|disk| views::bdev_info(disk, claimed.contains(&disk.name))).collect()
+        self.disks
+            .iter()
+            .map(|disk| {
+                let nvme = self.nvme_bdev_info(disk);
+                views::bdev_info(disk, claimed.contains(&disk.name), nvme)
+            })
+            .collect()
     }
 
     fn create_bdev(&mut self, spec: BdevSpec, token: Token) -> Started {
@@ -466,6 +448,7 @@ impl Engine for DaemonEngine {
                     kind: BdevKind::Null,
                     null: Some(null),
                     image: None,
+                    nvme: None,
                 })?;
             }
             &BackendSpec::Malloc { block_size, blocks_count } => {
@@ -478,6 +461,7 @@ impl Engine for DaemonEngine {
                     kind: BdevKind::Malloc,
                     null: None,
                     image: None,
+                    nvme: None,
                 })?;
             }
             BackendSpec::Uring { .. } => {
@@ -491,7 +475,7 @@ impl Engine for DaemonEngine {
     fn delete_bdev(&mut self, name: &str, token: Token) -> Started {
         let removed = self.registry.remove(name).map_err(registry_error)?;
         self.disks.retain(|d| d.name != name);
-        self.histograms.remove(name);
+        self.forget_figures(name);
         if removed.is_some() {
             return Ok(Progress::Done);
         }
@@ -531,7 +515,7 @@ impl Engine for DaemonEngine {
                     }
                     engine.registry.resize(&name, blocks).map(drop).map_err(registry_error)
                 });
-                engine.finished.push((token, result));
+                engine.finished.push((token, result.map(|()| Outcome::Done)));
             })
         };
         self.jobs

@@ -19,6 +19,21 @@ pub struct Jobs<T> {
     wake: Arc<OwnedFd>,
 }
 
+/// Sends work to the owner from threads that are no jobs.
+pub struct Poster<T> {
+    sender: mpsc::Sender<Applied<T>>,
+    wake: Arc<OwnedFd>,
+}
+
+impl<T> Poster<T> {
+    /// Has the owner apply this. Does not block.
+    pub fn post(&self, applied: Applied<T>) {
+        // The owner is gone only when the daemon ends.
+        let _ = self.sender.send(applied);
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+}
+
 impl<T> AsFd for Jobs<T> {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.wake.as_fd()
@@ -45,13 +60,14 @@ impl<T: 'static> Jobs<T> {
         name: &str,
         job: impl FnOnce() -> Applied<T> + Send + 'static,
     ) -> io::Result<()> {
-        let (sender, wake) = (self.sender.clone(), Arc::clone(&self.wake));
-        std::thread::Builder::new().name(name.to_owned()).spawn(move || {
-            // The owner is gone only when the daemon ends.
-            let _ = sender.send(job());
-            let _ = rustix::io::write(&wake, &1u64.to_ne_bytes());
-        })?;
+        let poster = self.poster();
+        std::thread::Builder::new().name(name.to_owned()).spawn(move || poster.post(job()))?;
         Ok(())
+    }
+
+    /// For threads that have something to say on their own account.
+    pub fn poster(&self) -> Poster<T> {
+        Poster { sender: self.sender.clone(), wake: Arc::clone(&self.wake) }
     }
 
     /// The next result; call until `None` when the descriptor is readable.

@@ -14,6 +14,7 @@ use crate::rpc::engine::{
     BackendSpec, BdevInfo, BdevSpec, CacheMode, ControllerInfo, EngineError, IoTypes, PollerInfo,
     QueueInfo, ReactorInfo, SessionInfo, ThreadInfo,
 };
+use crate::rpc::nvme::NvmeBdevInfo;
 
 const FEATURE_NAMES: [(u64, &str); 15] = [
     (blk::F_SIZE_MAX, "VIRTIO_BLK_F_SIZE_MAX"),
@@ -51,7 +52,7 @@ pub(super) fn io_op(text: &str) -> Option<IoOp> {
 }
 
 /// A bdev.
-pub(super) fn bdev_info(disk: &Disk, is_claimed: bool) -> BdevInfo {
+pub(super) fn bdev_info(disk: &Disk, is_claimed: bool, nvme: Option<NvmeBdevInfo>) -> BdevInfo {
     let info = disk.bdev.info();
     let geometry = info.geometry();
     let writes = !geometry.read_only;
@@ -71,6 +72,7 @@ pub(super) fn bdev_info(disk: &Disk, is_claimed: bool) -> BdevInfo {
             reset: false,
         },
         image: disk.image.clone(),
+        nvme,
         facts: disk.bdev.driver_facts(),
     }
 }

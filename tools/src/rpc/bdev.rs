@@ -157,6 +157,14 @@ fn of_kind(call: &Call<'_>, name: &str, kind: BdevKind) -> Result<u32, RpcError>
     let Some(bdev) = call.engine.bdevs().into_iter().find(|bdev| bdev.name == name) else {
         return Err(EngineError::NoBdev(name.to_owned()).into());
     };
+    if bdev.kind == BdevKind::Nvme {
+        return Err(RpcError::errno(
+            libc::ENODEV,
+            format!(
+                "bdev \"{name}\" is a namespace and goes with its controller: bdev_nvme_detach_controller removes all of the controller's"
+            ),
+        ));
+    }
     if bdev.kind != kind {
         return Err(RpcError::errno(
             libc::ENODEV,

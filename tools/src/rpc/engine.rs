@@ -9,7 +9,11 @@ use std::path::PathBuf;
 use hdrhistogram::Histogram;
 use uuid::Uuid;
 
-use super::{error::RpcError, server::Token};
+use super::{
+    error::RpcError,
+    nvme::{NvmeBdevInfo, NvmeEngine, NvmeHealth},
+    server::Token,
+};
 
 /// Why the daemon did not do what was asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -53,6 +57,17 @@ pub enum Progress {
     Later,
 }
 
+/// What an operation that went on ended with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// It is done; the answer is what the method promised.
+    Done,
+    /// It made bdevs of these names.
+    Bdevs(Vec<String>),
+    /// It found out a controller's health.
+    Health(Box<NvmeHealth>),
+}
+
 /// An operation that may wait.
 pub type Started = Result<Progress, EngineError>;
 
@@ -65,6 +80,8 @@ pub enum BdevKind {
     Malloc,
     /// File or block device through io_uring.
     Uring,
+    /// A namespace of an NVMe controller.
+    Nvme,
 }
 
 impl BdevKind {
@@ -74,6 +91,7 @@ impl BdevKind {
             Self::Null => "Null disk",
             Self::Malloc => "Malloc disk",
             Self::Uring => "URING bdev",
+            Self::Nvme => "NVMe disk",
         }
     }
 
@@ -83,6 +101,7 @@ impl BdevKind {
             Self::Null => "bdev_null_delete",
             Self::Malloc => "bdev_malloc_delete",
             Self::Uring => "bdev_uring_delete",
+            Self::Nvme => "bdev_nvme_detach_controller",
         }
     }
 }
@@ -278,6 +297,8 @@ pub struct BdevInfo {
     pub io_types: IoTypes,
     /// The image, if there is one.
     pub image: Option<ImageInfo>,
+    /// The controller and namespace, if it is one.
+    pub nvme: Option<NvmeBdevInfo>,
     /// What else the driver says of itself: names and values.
     pub facts: Vec<(&'static str, String)>,
 }
@@ -527,7 +548,7 @@ impl LogLevel {
 }
 
 /// The daemon, as the RPC sees it.
-pub trait Engine {
+pub trait Engine: NvmeEngine {
     /// Ticks per second of every `*_ticks` figure.
     fn tick_rate(&self) -> u64;
     /// The clock of those ticks.

@@ -12,9 +12,10 @@ use std::{
 use serde_json::{Map, Value};
 
 use super::{
-    engine::{Engine, EngineError, Progress, Started},
+    engine::{Engine, EngineError, Outcome, Progress, Started},
     error::{METHOD_NOT_FOUND, RpcError},
     nearest::nearest,
+    nvme,
     params::{Param, Params},
     record::{Change, Record},
     server::{Methods, Reply, Token},
@@ -158,13 +159,16 @@ impl Dispatcher {
     pub fn finished(
         &mut self,
         token: Token,
-        result: Result<(), EngineError>,
+        result: Result<Outcome, EngineError>,
     ) -> Result<Value, RpcError> {
-        match (self.state.pending.remove(&token), result) {
-            (Some(pending), Ok(())) => Ok(self.state.settle(pending)),
-            (None, Ok(())) => Ok(Value::Bool(true)),
-            (_, Err(error)) => Err(error.into()),
-        }
+        let pending = self.state.pending.remove(&token);
+        let outcome = result?;
+        let promised = pending.map_or(Value::Bool(true), |pending| self.state.settle(pending));
+        Ok(match outcome {
+            Outcome::Done => promised,
+            Outcome::Bdevs(names) => names.into(),
+            Outcome::Health(health) => nvme::show::health(&health),
+        })
     }
 
     /// Answers that time or a new bdev has made due. Cheap; call it once per round of the control loop.
@@ -198,6 +202,13 @@ impl Dispatcher {
     /// Forgets a bdev that went away by itself (hot removal), so that the saved configuration loads again.
     pub fn bdev_vanished(&mut self, name: &str) {
         self.state.record.apply(Change::Remove { subsystem: "bdev", object: name.to_owned() });
+    }
+
+    /// Forgets an NVMe controller that went away by itself, with its bdevs.
+    pub fn nvme_vanished(&mut self, name: &str, bdevs: Vec<String>) {
+        for change in nvme::forget(name, bdevs) {
+            self.state.record.apply(change);
+        }
     }
 
     /// Forgets a controller that went away by itself.

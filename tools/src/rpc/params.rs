@@ -29,6 +29,8 @@ pub enum Kind {
     Word(&'static [&'static str]),
     /// Accepted only as false, 0 or empty: clients send it, ringmill has no such thing.
     Unsupported,
+    /// Accepted only as one of these JSON texts: clients send it, ringmill cannot be told otherwise.
+    Fixed(&'static [&'static str]),
 }
 
 impl fmt::Display for Kind {
@@ -43,6 +45,7 @@ impl fmt::Display for Kind {
             Self::Word([word]) => f.write_str(word),
             Self::Word(words) => write!(f, "one of {}", words.join(", ")),
             Self::Unsupported => write!(f, "false (not supported)"),
+            Self::Fixed(texts) => write!(f, "{} (nothing else is supported)", texts.join(" or ")),
         }
     }
 }
@@ -76,6 +79,20 @@ impl Param {
         help: &'static str,
     ) -> Self {
         Self { name, kind, required: false, default, help }
+    }
+
+    /// A parameter that clients send and ringmill has one answer to.
+    pub(super) const fn fixed(name: &'static str, texts: &'static [&'static str]) -> Self {
+        let default = match texts.first() {
+            Some(text) => text,
+            None => "",
+        };
+        Self { name, kind: Kind::Fixed(texts), required: false, default, help: "cannot be changed" }
+    }
+
+    /// Only there for clients that send it.
+    pub fn is_ignored(&self) -> bool {
+        matches!(self.kind, Kind::Unsupported | Kind::Fixed(_))
     }
 
     /// A parameter that clients send and ringmill cannot honour.
@@ -169,8 +186,7 @@ impl Params {
 }
 
 fn unknown(method: &str, table: &[Param], name: &str) -> RpcError {
-    let known: Vec<&str> =
-        table.iter().filter(|p| p.kind != Kind::Unsupported).map(|p| p.name).collect();
+    let known: Vec<&str> = table.iter().filter(|p| !p.is_ignored()).map(|p| p.name).collect();
     let takes = if known.is_empty() {
         "it takes none".to_owned()
     } else {
@@ -190,13 +206,16 @@ fn check_type(method: &str, param: &Param, value: &Value) -> Result<(), RpcError
         Kind::Number(max) => value.as_u64().is_some_and(|number| number <= max),
         Kind::Texts => value.as_array().is_some_and(|items| items.iter().all(Value::is_string)),
         Kind::Numbers => value.as_array().is_some_and(|items| items.iter().all(Value::is_u64)),
+        Kind::Fixed(texts) => texts.contains(&value.to_string().as_str()),
         Kind::Word(words) => value.as_str().is_some_and(|text| words.contains(&text)),
         Kind::Unsupported => {
             let is_off = match value {
                 Value::Bool(on) => !on,
                 Value::Number(number) => number.as_f64() == Some(0.0),
                 Value::String(text) => text.is_empty(),
-                _ => false,
+                Value::Array(items) => items.is_empty(),
+                Value::Object(fields) => fields.is_empty(),
+                Value::Null => true,
             };
             if is_off {
                 return Ok(());

@@ -27,6 +27,8 @@ pub struct Entry {
 pub enum Change {
     /// Adds a call, in place of an earlier one of the same method on the same object (and the same queue of it).
     Put(Entry),
+    /// The same, but a new call goes before all others of its subsystem: they build on it.
+    PutFirst(Entry),
     /// Forgets the calls of one method on an object.
     Forget {
         /// Subsystem.
@@ -66,18 +68,8 @@ impl Record {
     /// Notes a successful operation.
     pub fn apply(&mut self, change: Change) {
         match change {
-            Change::Put(entry) => {
-                let queue = |e: &Entry| e.params.get("queue").cloned();
-                let earlier = self.entries.iter_mut().find(|e| {
-                    e.method == entry.method
-                        && e.object == entry.object
-                        && queue(e) == queue(&entry)
-                });
-                match earlier {
-                    Some(earlier) => *earlier = entry,
-                    None => self.entries.push(entry),
-                }
-            }
+            Change::Put(entry) => self.put(entry, false),
+            Change::PutFirst(entry) => self.put(entry, true),
             Change::Forget { subsystem, object, method } => self
                 .entries
                 .retain(|e| e.subsystem != subsystem || e.object != object || e.method != method),
@@ -93,6 +85,18 @@ impl Record {
                     }
                 }
             }
+        }
+    }
+
+    fn put(&mut self, entry: Entry, goes_first: bool) {
+        let queue = |e: &Entry| e.params.get("queue").cloned();
+        let earlier = self.entries.iter_mut().find(|e| {
+            e.method == entry.method && e.object == entry.object && queue(e) == queue(&entry)
+        });
+        match earlier {
+            Some(earlier) => *earlier = entry,
+            None if goes_first => self.entries.insert(0, entry),
+            None => self.entries.push(entry),
         }
     }
 

@@ -5,6 +5,7 @@ use serde_json::{Map, Value, json};
 use super::{
     cpumask,
     engine::{BdevInfo, ControllerInfo, PollerInfo, QueueInfo, ReactorInfo, SessionInfo},
+    nvme,
 };
 
 /// Operations that clients look for and ringmill's bdevs do not have.
@@ -41,9 +42,10 @@ pub(super) fn bdev(info: &BdevInfo) -> Value {
     for name in NEVER {
         io_types.insert(name.to_owned(), false.into());
     }
-    let mut driver_specific = match &info.image {
-        None => json!({}),
-        Some(image) => json!({ "uring": {
+    let mut driver_specific = match (&info.image, &info.nvme) {
+        (None, None) => json!({}),
+        (_, Some(nvme)) => nvme::show::driver_specific(nvme),
+        (Some(image), None) => json!({ "uring": {
             "filename": image.path.to_string_lossy(),
             "cache": image.cache.name(),
             "lock": image.lock,

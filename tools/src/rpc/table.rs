@@ -5,6 +5,7 @@ use super::{
     engine::{CacheMode, PinMode},
     framework, iostat, latency,
     methods::Method,
+    nvme,
     params::{Kind, Param},
     vhost,
 };
@@ -61,6 +62,31 @@ const IMAGE_BLOCK_SIZE: Param = Param::may(
     Kind::Number(U32),
     "what the device wants",
     "bytes per block: 512 or 4096",
+);
+const NVME_NAME: Param = Param::must("name", Kind::Text, "name of the NVMe controller");
+const NVME_ACTION: Param = Param::may(
+    "action_on_timeout",
+    Kind::Word(&nvme::ACTIONS),
+    "abort, or as bdev_nvme_set_options says",
+    "what happens to a command without an answer: none waits on, abort aborts it and then resets, reset resets at once",
+);
+const NVME_TIMEOUT: Param = Param::may(
+    "timeout_us",
+    Kind::Number(nvme::TIMEOUT_US_MAX),
+    "30 s, or as bdev_nvme_set_options says",
+    "how long a read, write or flush may take, in µs; 0: for ever",
+);
+const NVME_TIMEOUT_ADMIN: Param = Param::may(
+    "timeout_admin_us",
+    Kind::Number(nvme::TIMEOUT_US_MAX),
+    "10 s, or as bdev_nvme_set_options says",
+    "how long an admin command may take, in µs; 0: as timeout_us",
+);
+const NVME_REQUESTS: Param = Param::may(
+    "io_queue_requests",
+    Kind::Number(nvme::REQUESTS_MAX),
+    "255, or as bdev_nvme_set_options says",
+    "commands in flight per queue, as far as the controller allows; 0: the default",
 );
 const LEVEL: Param = Param::must("level", Kind::Text, "ERROR, WARNING, NOTICE, INFO or DEBUG");
 const LATENCY_CTRLR: Param = Param::may("ctrlr", Kind::Text, "all", "only this controller");
@@ -281,6 +307,149 @@ pub const METHODS: &[Method] = &[
     ),
     method!("bdev_aio_delete", "The same as bdev_uring_delete", bdev::delete_uring, [NAME]),
     method!("bdev_aio_rescan", "The same as bdev_uring_rescan", bdev::rescan_uring, [NAME]),
+    method!(
+        "bdev_nvme_attach_controller",
+        "Drives an NVMe controller from user space; its namespaces become bdevs <name>n<number>",
+        nvme::attach,
+        [
+            Param::must("name", Kind::Text, "what to call the controller"),
+            Param::must("trtype", Kind::Text, "PCIe (through VFIO) or vfiouser"),
+            Param::must(
+                "traddr",
+                Kind::Text,
+                "PCI address, as 0000:01:00.0; or path of the vfio-user socket, or of the directory where it is called cntrl"
+            ),
+            Param::may(
+                "num_io_queues",
+                Kind::Number(U32),
+                "0, one per reactor",
+                "I/O queues; with fewer than reactors, requests cross to the reactors that have one"
+            ),
+            NVME_ACTION,
+            NVME_TIMEOUT,
+            NVME_TIMEOUT_ADMIN,
+            NVME_REQUESTS,
+            Param::may(
+                "multipath",
+                Kind::Word(&["disable"]),
+                "disable",
+                "there is one path to a controller"
+            ),
+            Param::fixed("max_bdevs", &["128", "0"]),
+            Param::unsupported("multipath_opts"),
+            Param::unsupported("adrfam"),
+            Param::unsupported("trsvcid"),
+            Param::unsupported("priority"),
+            Param::unsupported("subnqn"),
+            Param::unsupported("hostnqn"),
+            Param::unsupported("hostaddr"),
+            Param::unsupported("hostsvcid"),
+            Param::unsupported("prchk_reftag"),
+            Param::unsupported("prchk_guard"),
+            Param::unsupported("hdgst"),
+            Param::unsupported("ddgst"),
+            Param::unsupported("fabrics_connect_timeout_us"),
+            Param::unsupported("ctrlr_loss_timeout_sec"),
+            Param::unsupported("reconnect_delay_sec"),
+            Param::unsupported("fast_io_fail_timeout_sec"),
+            Param::unsupported("psk"),
+            Param::unsupported("dhchap_key"),
+            Param::unsupported("dhchap_ctrlr_key"),
+            Param::unsupported("allow_unrecognized_csi"),
+        ]
+    ),
+    method!(
+        "bdev_nvme_get_controllers",
+        "NVMe controllers: state, identity, queues, namespaces, what went wrong",
+        nvme::list,
+        [Param::may("name", Kind::Text, "all", "only this one")]
+    ),
+    method!(
+        "bdev_nvme_detach_controller",
+        "Removes a controller's bdevs and lets go of it; guests that use them get I/O errors",
+        nvme::detach,
+        [
+            NVME_NAME,
+            Param::may("trtype", Kind::Text, "the controller's", "must be the controller's"),
+            Param::may("traddr", Kind::Text, "the controller's", "must be the controller's"),
+            Param::unsupported("adrfam"),
+            Param::unsupported("trsvcid"),
+            Param::unsupported("subnqn"),
+            Param::unsupported("hostaddr"),
+            Param::unsupported("hostsvcid"),
+        ]
+    ),
+    method!(
+        "bdev_nvme_reset_controller",
+        "Resets a controller; requests in flight are done again",
+        nvme::reset,
+        [
+            NVME_NAME,
+            Param::may(
+                "cntlid",
+                Kind::Number(0xffff),
+                "the controller's",
+                "must be the controller's"
+            ),
+        ]
+    ),
+    method!(
+        "bdev_nvme_get_controller_health_info",
+        "What a controller says about its health (SMART)",
+        nvme::health,
+        [NVME_NAME]
+    ),
+    method!(
+        "bdev_nvme_set_options",
+        "Defaults of NVMe controllers; only before the first is attached",
+        nvme::set_options,
+        [
+            NVME_ACTION,
+            NVME_TIMEOUT,
+            NVME_TIMEOUT_ADMIN,
+            NVME_REQUESTS,
+            Param::may(
+                "enable_flush",
+                Kind::Flag,
+                "true",
+                "accepted and ignored: flushes always reach a controller with a volatile write cache"
+            ),
+            Param::may(
+                "generate_uuids",
+                Kind::Flag,
+                "true",
+                "accepted and ignored: a namespace without a UUID gets one that stays the same"
+            ),
+            Param::fixed("delay_cmd_submit", &["true"]),
+            Param::fixed("keep_alive_timeout_ms", &["10000", "0"]),
+            Param::fixed("nvme_adminq_poll_period_us", &["10000", "0"]),
+            Param::fixed("retry_count", &["4"]),
+            Param::fixed("transport_retry_count", &["4"]),
+            Param::fixed("bdev_retry_count", &["3"]),
+            Param::unsupported("nvme_ioq_poll_period_us"),
+            Param::unsupported("arbitration_burst"),
+            Param::unsupported("low_priority_weight"),
+            Param::unsupported("medium_priority_weight"),
+            Param::unsupported("high_priority_weight"),
+            Param::unsupported("transport_ack_timeout"),
+            Param::unsupported("ctrlr_loss_timeout_sec"),
+            Param::unsupported("reconnect_delay_sec"),
+            Param::unsupported("fast_io_fail_timeout_sec"),
+            Param::unsupported("disable_auto_failback"),
+            Param::unsupported("transport_tos"),
+            Param::unsupported("nvme_error_stat"),
+            Param::unsupported("rdma_srq_size"),
+            Param::unsupported("io_path_stat"),
+            Param::unsupported("allow_accel_sequence"),
+            Param::unsupported("rdma_max_cq_size"),
+            Param::unsupported("rdma_cm_event_timeout_ms"),
+            Param::unsupported("dhchap_digests"),
+            Param::unsupported("dhchap_dhgroups"),
+            Param::unsupported("rdma_umr_per_io"),
+            Param::unsupported("tcp_connect_timeout_ms"),
+            Param::unsupported("multipath_opts"),
+        ]
+    ),
     method!(
         "bdev_get_iostat",
         "I/O counters per bdev",

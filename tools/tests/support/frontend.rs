@@ -207,13 +207,19 @@ impl FrontEnd {
     }
 
     pub fn add_memory(&mut self, region: &Memory) {
-        assert_eq!(self.add_memory_answer(region), 0, "the region was refused");
+        self.send_add_memory(region);
+        self.added();
     }
 
     /// The same, and what the back-end says to it.
     pub fn add_memory_answer(&mut self, region: &Memory) -> u64 {
         self.send_add_memory(region);
         self.u64_reply(ADD_MEM_REG)
+    }
+
+    /// Waits until the region that was sent is there.
+    pub fn added(&mut self) {
+        assert_eq!(self.u64_reply(ADD_MEM_REG), 0, "the region was refused");
     }
 
     /// The same without waiting for the answer.

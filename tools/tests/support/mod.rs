@@ -18,7 +18,10 @@ use std::{
 };
 
 use hdrhistogram::Histogram;
-use ringmill_tools::rpc::{Dispatcher, RpcServer, Token, engine::*, socket::SocketAccess};
+use ringmill_drivers::nvme::{
+    ControllerInfo as NvmeInfo, ControllerState, Counters, Health, NamespaceInfo,
+};
+use ringmill_tools::rpc::{Dispatcher, RpcServer, Token, engine::*, nvme::*, socket::SocketAccess};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::Value;
 
@@ -26,7 +29,9 @@ use serde_json::Value;
 pub struct FakeEngine {
     pub bdevs: Vec<BdevInfo>,
     pub controllers: Vec<ControllerInfo>,
-    pub finished: Vec<(Token, Result<(), EngineError>)>,
+    pub finished: Vec<(Token, Result<Outcome, EngineError>)>,
+    pub nvme: Vec<(NvmeSpec, NvmeDefaults)>,
+    pub nvme_defaults: NvmeDefaults,
     pub signals: Vec<i32>,
     pub with_histogram: Vec<String>,
     pub log_level: Option<LogLevel>,
@@ -51,7 +56,7 @@ impl FakeEngine {
 
     fn progress(&mut self, name: &str, token: Token) -> Started {
         if name.starts_with("slow") {
-            self.finished.push((token, Ok(())));
+            self.finished.push((token, Ok(Outcome::Done)));
             return Ok(Progress::Later);
         }
         Ok(Progress::Done)
@@ -64,6 +69,153 @@ fn histogram() -> Histogram<u64> {
         histogram.record(value).unwrap();
     }
     histogram
+}
+
+/// A controller of a model that is in no shop, as attached.
+pub fn nvme_info(name: &str, address: &str) -> NvmeInfo {
+    NvmeInfo {
+        name: name.to_owned(),
+        state: ControllerState::Enabled,
+        address: address.to_owned(),
+        cntlid: 7,
+        vendor: 0x144d,
+        device: 0xa80a,
+        model: "Grindstone 9000".to_owned(),
+        serial: "RM0001".to_owned(),
+        firmware: "1.0".to_owned(),
+        version: "1.4.0".to_owned(),
+        queue_pairs: 2,
+        queue_pairs_granted: 8,
+        queue_entries: 256,
+        queue_entries_max: 1024,
+        vectors: 9,
+        transfer_bytes_max: 2 << 20,
+        sgl: true,
+        write_cache: true,
+        shadow_doorbells: false,
+        quirks: Vec::new(),
+        counters: Counters { timeouts: 3, aborts: 2, resets: 1, ..Counters::default() },
+        last_error: None,
+    }
+}
+
+/// Its second namespace has metadata, so there are two and one bdev.
+pub fn nvme_namespace(name: &str, nsid: u32) -> NamespaceInfo {
+    NamespaceInfo {
+        nsid,
+        bdev_name: format!("{name}n{nsid}"),
+        blocks_count: 1 << 18,
+        block_bytes: 4096,
+        uuid: uuid::Uuid::from_u128(0x1000 + u128::from(nsid)),
+        nguid: String::new(),
+        eui64: "00253851b1234567".to_owned(),
+        read_only: false,
+        refused: (nsid == 2).then(|| "it has metadata; format it without".to_owned()),
+    }
+}
+
+impl FakeEngine {
+    fn nvme_place(&self, name: &str) -> Result<usize, EngineError> {
+        self.nvme.iter().position(|(spec, _)| spec.name == name).ok_or_else(|| missing(name))
+    }
+}
+
+impl NvmeEngine for FakeEngine {
+    fn set_nvme_defaults(&mut self, defaults: NvmeDefaults) -> Result<(), EngineError> {
+        if !self.nvme.is_empty() {
+            let message = "a controller is there already".to_owned();
+            return Err(EngineError::Failed { errno: libc::EPERM, message });
+        }
+        self.nvme_defaults = defaults;
+        Ok(())
+    }
+
+    fn nvme_defaults(&self) -> NvmeDefaults {
+        self.nvme_defaults.clone()
+    }
+
+    fn attach_nvme(&mut self, spec: NvmeSpec, token: Token) -> Started {
+        if self.nvme_place(&spec.name).is_ok() {
+            let message = format!("NVMe controller {:?} exists already", spec.name);
+            return Err(EngineError::Failed { errno: libc::EEXIST, message });
+        }
+        let namespace = nvme_namespace(&spec.name, 1);
+        let names = vec![namespace.bdev_name.clone()];
+        self.bdevs.push(BdevInfo {
+            name: namespace.bdev_name,
+            kind: BdevKind::Nvme,
+            uuid: namespace.uuid,
+            block_size: namespace.block_bytes,
+            blocks_count: namespace.blocks_count,
+            is_claimed: false,
+            io_types: IoTypes { read: true, write: true, flush: true, ..IoTypes::default() },
+            image: None,
+            nvme: Some(NvmeBdevInfo {
+                transport: spec.transport,
+                address: spec.address.clone(),
+                controller: nvme_info(&spec.name, &spec.address),
+                nsid: 1,
+            }),
+            facts: Vec::new(),
+        });
+        self.nvme.push((spec, self.nvme_defaults.clone()));
+        self.finished.push((token, Ok(Outcome::Bdevs(names))));
+        Ok(Progress::Later)
+    }
+
+    fn nvme_controllers(&self) -> Vec<NvmeView> {
+        let view = |(spec, _): &(NvmeSpec, NvmeDefaults)| NvmeView {
+            name: spec.name.clone(),
+            transport: spec.transport,
+            address: spec.address.clone(),
+            is_detaching: false,
+            info: Some(nvme_info(&spec.name, &spec.address)),
+            namespaces: vec![nvme_namespace(&spec.name, 1), nvme_namespace(&spec.name, 2)],
+        };
+        self.nvme.iter().map(view).collect()
+    }
+
+    fn detach_nvme(&mut self, name: &str, token: Token) -> Started {
+        let at = self.nvme_place(name)?;
+        self.nvme.remove(at);
+        self.bdevs.retain(|bdev| bdev.name != format!("{name}n1"));
+        self.finished.push((token, Ok(Outcome::Done)));
+        Ok(Progress::Later)
+    }
+
+    fn reset_nvme(&mut self, name: &str, token: Token) -> Started {
+        self.nvme_place(name)?;
+        self.finished.push((token, Ok(Outcome::Done)));
+        Ok(Progress::Later)
+    }
+
+    fn nvme_health(&mut self, name: &str, token: Token) -> Started {
+        let (spec, _) = &self.nvme[self.nvme_place(name)?];
+        let health = Health {
+            age: Duration::from_secs(4),
+            critical_warning: 0,
+            temperature_kelvin: 310,
+            available_spare: 99,
+            available_spare_threshold: 10,
+            percentage_used: 2,
+            data_units_read: 1_013_408_619,
+            data_units_written: u128::MAX,
+            host_read_commands: 30_457_773_282,
+            host_write_commands: 18_949_677_715,
+            busy_minutes: 4_979,
+            power_cycles: 49,
+            power_on_hours: 31_118,
+            unsafe_shutdowns: 18,
+            media_errors: 17,
+            error_log_entries: 19,
+            warning_temperature_minutes: 0,
+            critical_temperature_minutes: 0,
+        };
+        let controller = nvme_info(name, &spec.address);
+        let health = NvmeHealth { address: spec.address.clone(), controller, health };
+        self.finished.push((token, Ok(Outcome::Health(Box::new(health)))));
+        Ok(Progress::Later)
+    }
 }
 
 impl Engine for FakeEngine {
@@ -120,6 +272,7 @@ impl Engine for FakeEngine {
             is_claimed: false,
             io_types,
             image,
+            nvme: None,
             facts: Vec::new(),
         });
         progress

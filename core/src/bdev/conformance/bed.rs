@@ -8,10 +8,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::bdev::{Bdev, Channel, InstantChannel};
+use crate::bdev::{Bdev, BdevError, Channel, InstantChannel};
 use crate::io::{Completions, IoFlags, IoOp, IoRequest, Slots, Tag};
 use crate::limits::{BOUNCE_BUFFERS, FAIR_HOLD_NS, QUEUE_INFLIGHT_MAX};
-use crate::mem::{Mapping, MemTable, RegionSpec, Segment, register_pins};
+use crate::mem::{DmaError, Mapping, MemTable, RegionSpec, Segment, register_pins};
 use crate::reactor::{HeldPins, ReactorCx, Ring, Share};
 use crate::status::IoStatus;
 use crate::units::{GuestAddr, bytes_u64, index, len_u32};
@@ -49,17 +49,27 @@ impl TestBed {
     /// Without io_uring or memory, or when the channel cannot be opened.
     #[must_use]
     pub fn new(bdev: &dyn Bdev) -> TestBed {
+        TestBed::open(bdev).expect("a channel, and memory that the device reaches")
+    }
+
+    /// The same with a device that may refuse.
+    ///
+    /// # Errors
+    /// When it gives no channel, or does not take the memory.
+    ///
+    /// # Panics
+    /// Without io_uring or memory.
+    pub fn open(bdev: &dyn Bdev) -> Result<TestBed, BdevError> {
         let mut ring = Ring::new(&[]).expect("io_uring");
         ring.enable().expect("an enabled ring");
         let mut cx = ReactorCx::new(Some(ring)).expect("memory for a context");
-        let seed = bdev.open_channel(None).expect("a channel seed");
-        let channel = seed(&mut cx.io).expect("a channel");
-        let memory = memory_for(bdev, false);
+        let memory = memory_for(bdev, false)?;
+        let channel = bdev.open_channel(None)?(&mut cx.io)?;
         let ledger = Slots::new(QUEUE_INFLIGHT_MAX);
         let (share, light) = (cx.io.fair.join(), cx.io.fair.join());
         cx.io.fair.served_all(&light, 0);
         let (done, pins) = (Completions::new(), HeldPins::default());
-        TestBed { cx, channel, memory, pins, ledger, done, share, turns_count: 0 }
+        Ok(TestBed { cx, channel, memory, pins, ledger, done, share, turns_count: 0 })
     }
 
     /// As [`TestBed::new`], with memory that is pinned and known to the ring.
@@ -69,7 +79,7 @@ impl TestBed {
     #[must_use]
     pub fn pinned(bdev: &dyn Bdev) -> TestBed {
         let mut bed = TestBed::new(bdev);
-        bed.memory = memory_for(bdev, true);
+        bed.memory = memory_for(bdev, true).expect("memory that the device reaches");
         let pins: Vec<_> = bed.memory.pins().map(Arc::downgrade).collect();
         register_pins(&pins).expect("pinned memory");
         bed.pins = HeldPins::new(bed.memory.pinned());
@@ -244,7 +254,7 @@ impl TestBed {
 }
 
 /// All arenas, where the device reaches them: in memory that another process can be given, too.
-fn memory_for(bdev: &dyn Bdev, to_pin: bool) -> MemTable {
+fn memory_for(bdev: &dyn Bdev, to_pin: bool) -> Result<MemTable, BdevError> {
     let len_bytes = bytes_u64(ARENAS * ARENA_BYTES);
     let mapping = Arc::new(Mapping::pool(ARENAS * ARENA_BYTES).expect("memory"));
     let spec = RegionSpec { guest_addr: GuestAddr(0), len_bytes, user_addr: 0 };
@@ -252,9 +262,13 @@ fn memory_for(bdev: &dyn Bdev, to_pin: bool) -> MemTable {
     let added = if to_pin { memory.add_to_pin(spec, mapping) } else { memory.add(spec, mapping) };
     added.expect("a region");
     if let Some(domain) = bdev.dma() {
-        assert!(memory.map_into(&domain, || true).expect("memory that the device reaches"));
+        let refused = |error: DmaError| BdevError::Refused {
+            name: bdev.info().name().to_owned(),
+            reason: error.to_string(),
+        };
+        assert!(memory.map_into(&domain, || true).map_err(refused)?);
     }
-    memory
+    Ok(memory)
 }
 
 /// The segments' contents in one piece.

@@ -124,9 +124,17 @@ fn aborts_end_in_every_way() {
         rig.eventually(|rig| rig.control.counters().admin(admin::ABORT) == 4);
         std::thread::sleep(Duration::from_millis(3));
         assert!(rig.peek(pair).is_none());
+        for cid in 10..14 {
+            let mut sqe = Sqe::new(admin::ABORT, cid, 0);
+            sqe.0[10] = 1 | 4 << 16;
+            rig.push(pair, sqe);
+        }
+        rig.ring(pair);
+        let cqe = rig.wait(pair);
+        assert_eq!((cqe.cid(), cqe.status().kind()), (13, status::ABORT_LIMIT));
     });
     assert_eq!(rig.wait(&mut pair).cid(), 4);
-    rig.expect_peace();
+    rig.expect_errors(1);
 }
 
 #[test]
@@ -261,6 +269,7 @@ fn late_garbage_hits_memory_unless_the_controller_was_stopped() {
     // A disabled controller has stopped.
     start_read(&mut rig, &mut pair, 4);
     rig.disable();
+    rig.enable();
     std::thread::sleep(settle);
     assert_eq!(rig.bytes(0, 512), [1; 512]);
     assert_eq!(rig.control.count(Count::Scribbles), 1);
@@ -283,6 +292,11 @@ fn a_latency_is_kept_and_depth_hides_it() {
         assert_eq!(rig.wait(&mut pair).cid(), cid);
     }
     assert!(start.elapsed() >= latency && start.elapsed() < 8 * latency);
+    rig.control.set_latency(Duration::ZERO);
+    let sqe = read(&rig, 9, 0);
+    let start = Instant::now();
+    rig.run(&mut pair, sqe);
+    assert!(start.elapsed() < latency);
     rig.expect_peace();
 }
 

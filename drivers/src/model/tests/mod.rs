@@ -129,6 +129,8 @@ fn a_shutdown_flushes_and_says_when_it_is_complete() {
     assert_eq!(rig.medium.volatile_bytes(), 0);
     assert_eq!(rig.control.count(Count::Shutdowns), 1);
     rig.expect_peace();
+    rig.run(&mut pair, io(nvm::FLUSH, 1, 0, 1));
+    rig.expect_errors(1);
 }
 
 #[test]
@@ -217,4 +219,6 @@ fn unmapped_memory_is_a_fault_and_never_touched() {
     rig.ring_value(&pair, 2);
     rig.eventually(|rig| rig.regs.read_u32(reg::CSTS) & csts::CFS != 0);
     assert_eq!(rig.control.count(Count::DmaFaults), 2);
+    // The entry there would have been a flush.
+    assert_eq!(rig.control.counters().io(nvm::FLUSH), 0);
 }

@@ -192,6 +192,11 @@ fn a_server_that_ends_in_mid_load_is_gone_and_the_next_one_serves_again() {
     assert_eq!(rig.backing.news(), Some(DeviceNews::Gone));
     assert_eq!(rig.regs.read_u32(reg::CSTS), u32::MAX);
     rig.ring_head(&pair, 1);
+    assert_eq!(
+        rig.regs.read_u32(reg::DOORBELLS),
+        u32::MAX,
+        "the memory is still there, the device is not"
+    );
     assert!(matches!(rig.backing.reset(), Err(PciError::Gone { .. })));
     drop(rig);
     assert_eq!(shown.control.mapped_count(), 0);

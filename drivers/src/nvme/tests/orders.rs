@@ -65,6 +65,23 @@ fn a_reset_does_again_what_had_no_answer() {
 }
 
 #[test]
+fn two_resets_in_a_row_do_it_again_once() {
+    let mut rig = Rig::new(&Options::default());
+    assert!(rig.read(0, 1) && rig.read(0, 2));
+    rig.commit();
+    for _ in 0..3 {
+        rig.order(Order::Disabled);
+    }
+    rig.device.reset();
+    rig.order(Order::Run);
+    rig.device.fetch();
+    assert_eq!(rig.device.fetched.len(), 2);
+    rig.device.serve();
+    assert_eq!(rig.tags(0), [1, 2]);
+    assert!(rig.pair().is_idle() && rig.shared.trouble().is_none());
+}
+
+#[test]
 fn nobody_is_reset_for_ever() {
     let mut rig = Rig::new(&Options::default());
     assert!(rig.read(0, 1));

@@ -486,7 +486,8 @@ fn what_cannot_be_bound_is_refused_with_what_to_do() {
 fn a_bind_that_fails_leaves_the_disk_with_its_old_driver() {
     use io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem, ResourceBusy};
     type Probed = Option<Option<&'static str>>;
-    let cases: [(Option<(&str, io::ErrorKind)>, Probed, &str); 6] = [
+    type Fault = Option<(&'static str, io::ErrorKind)>;
+    let cases: [(Fault, Probed, &str); 6] = [
         (Some(("driver_override", PermissionDenied)), None, "use sudo"),
         (Some(("driver_override", ReadOnlyFilesystem)), None, "run it on the host"),
         (Some(("unbind", ResourceBusy)), None, "cannot take 0000:01:00.0 from its driver"),

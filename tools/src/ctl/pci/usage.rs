@@ -379,7 +379,7 @@ mod tests {
     fn odd_tables_are_survived() {
         assert_eq!(mount(""), None);
         assert_eq!(mount("1 2 x:y /"), None);
-        let odd = mount("1 2 x:y / /a\\040b").map(|(number, source, at)| (number, source, at));
+        let odd = mount("1 2 x:y / /a\\040b");
         assert_eq!(odd, Some((None, String::new(), "/a b".to_owned())));
         assert_eq!(unescape("\\04"), "\\04");
         assert_eq!(unescape("a\\134b\\999"), "a\\b\\999");

@@ -98,7 +98,7 @@ fn add(sum: &mut QueueCounters, of: QueueCounters) {
 }
 
 /// See the module.
-pub(super) struct Common<B: PciBacking> {
+pub(super) struct Joint<B: PciBacking> {
     pub(super) key: DeviceKey,
     pub(super) options: NvmeOptions,
     pub(super) backing: Arc<B>,
@@ -117,9 +117,9 @@ pub(super) struct Common<B: PciBacking> {
     detached: AtomicBool,
 }
 
-impl<B: PciBacking> std::fmt::Debug for Common<B> {
+impl<B: PciBacking> std::fmt::Debug for Joint<B> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Common").field("name", &self.options.name).finish_non_exhaustive()
+        f.debug_struct("Joint").field("name", &self.options.name).finish_non_exhaustive()
     }
 }
 
@@ -139,9 +139,9 @@ pub(super) struct Parts<B: PciBacking> {
     pub(super) nudge: Arc<OwnedFd>,
 }
 
-impl<B: PciBacking> Common<B> {
-    pub(super) fn new(parts: Parts<B>) -> Common<B> {
-        Common {
+impl<B: PciBacking> Joint<B> {
+    pub(super) fn new(parts: Parts<B>) -> Joint<B> {
+        Joint {
             key: parts.key,
             options: parts.options,
             domain: parts.backing.dma(),

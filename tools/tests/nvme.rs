@@ -1,0 +1,469 @@
+//! NVMe controllers as operators and guests of a daemon see them: over vfio-user, with the device model in this process.
+//!
+//! Everything is real but the controller: daemon, driver, vhost-user client, sockets. What is shown is correctness.
+
+#[path = "support/daemon.rs"]
+mod daemon;
+#[path = "support/media.rs"]
+mod media;
+#[path = "support/model.rs"]
+mod model;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use daemon::{Daemon, WAIT_MAX, wait_for};
+use media::{MIB, set_len};
+use model::{Exercise, Op, connect, seed};
+use ringmill_core::spec::nvme::nvm;
+use ringmill_drivers::model::{
+    Action, Count, Match, Medium, ModelControl, ModelNamespace, ModelOptions, VfioUserServer, start,
+};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+const SLOT_BYTES: usize = 64 << 10;
+const DISK_BYTES: u64 = 8 * MIB;
+
+/// A controller in this process, as another process would serve it.
+struct Device {
+    dir: TempDir,
+    server: VfioUserServer,
+    control: ModelControl,
+    media: Vec<Arc<Medium>>,
+}
+
+impl Device {
+    /// Namespaces of these block shifts, of `DISK_BYTES` each.
+    fn with(options: ModelOptions, shifts: &[u8]) -> Device {
+        let ram = || Medium::ram(DISK_BYTES).expect("memory");
+        let media: Vec<Arc<Medium>> = shifts.iter().map(|_| ram()).collect();
+        let dir = TempDir::new().expect("a directory");
+        Self::over(dir, options, shifts, media)
+    }
+
+    fn over(dir: TempDir, options: ModelOptions, shifts: &[u8], media: Vec<Arc<Medium>>) -> Device {
+        let namespaces = (1..)
+            .zip(shifts)
+            .zip(&media)
+            .map(|((nsid, &shift), medium)| {
+                ModelNamespace::new(nsid, shift, DISK_BYTES >> shift, Arc::clone(medium))
+            })
+            .collect();
+        let (backing, control) = start(options, namespaces).expect("a model");
+        let server = VfioUserServer::start(&dir.path().join("cntrl"), backing).expect("a server");
+        Device { dir, server, control, media }
+    }
+
+    fn new() -> Device {
+        Self::with(ModelOptions::default(), &[9])
+    }
+
+    fn traddr(&self) -> &str {
+        self.dir.path().to_str().expect("UTF-8")
+    }
+
+    /// The process ends; the media and the place of the socket stay.
+    fn kill(self) -> (TempDir, Vec<Arc<Medium>>) {
+        let Device { dir, mut server, media, .. } = self;
+        server.stop();
+        drop(server);
+        let _ = fs::remove_file(dir.path().join("cntrl"));
+        (dir, media)
+    }
+
+    /// The driver kept to the specification.
+    fn assert_content(&self) {
+        assert_eq!(self.control.complaint(), None);
+    }
+}
+
+fn attach(daemon: &Daemon, name: &str, device: &Device, more: &Value) -> Vec<String> {
+    let mut params = json!({"name": name, "trtype": "vfiouser", "traddr": device.traddr()});
+    let (Some(into), Some(more)) = (params.as_object_mut(), more.as_object()) else {
+        panic!("parameters are objects")
+    };
+    into.extend(more.clone());
+    let names = daemon.call("bdev_nvme_attach_controller", &params);
+    names
+        .as_array()
+        .expect("names")
+        .iter()
+        .map(|n| n.as_str().expect("a name").to_owned())
+        .collect()
+}
+
+/// What `bdev_nvme_get_controllers` says of one.
+fn shown(daemon: &Daemon, name: &str) -> Value {
+    daemon.call("bdev_nvme_get_controllers", &json!({"name": name}))[0]["ctrlrs"][0].clone()
+}
+
+fn controllers_count(daemon: &Daemon) -> usize {
+    daemon.call("bdev_nvme_get_controllers", &json!({})).as_array().expect("an array").len()
+}
+
+fn has_bdev(daemon: &Daemon, name: &str) -> bool {
+    let all = daemon.call("bdev_get_bdevs", &json!({}));
+    all.as_array().expect("an array").iter().any(|bdev| bdev["name"] == name)
+}
+
+/// Two reactors that sleep after so many microseconds without work.
+fn two_reactors(spin_us: u32) -> Daemon {
+    Daemon::with(["-m", "3", "--idle", "adaptive", "--spin-us", &spin_us.to_string()])
+}
+
+fn exercise(socket: &Path, queues: usize) -> Exercise {
+    Exercise::new(connect(socket, queues, 32, SLOT_BYTES), 32, seed(0x00a7_7ac4))
+}
+
+#[test]
+fn a_guest_reads_what_it_wrote_to_an_nvme_disk() {
+    let device = Device::with(ModelOptions::default(), &[9, 12]);
+    let daemon = two_reactors(50);
+    let names = attach(&daemon, "Nvme0", &device, &json!({}));
+    assert_eq!(names, ["Nvme0n1", "Nvme0n2"]);
+    for (name, block) in names.iter().zip([512, 4096]) {
+        let bdev = daemon.call("bdev_get_bdevs", &json!({"name": name}))[0].clone();
+        assert_eq!(bdev["block_size"], block);
+        assert_eq!(bdev["num_blocks"].as_u64(), Some(DISK_BYTES / block));
+        let specific = &bdev["driver_specific"]["nvme"][0];
+        assert_eq!(specific["ctrlr_data"]["model_number"], "ringmill model controller");
+        assert_eq!(bdev["supported_io_types"]["unmap"], true);
+        let socket = daemon.add_controller(name, name, &json!({}));
+        let mut exercise = exercise(&socket, 2);
+        let span = exercise.sectors_count();
+        assert_eq!(span * 512, DISK_BYTES);
+        exercise.random_for(Duration::from_millis(1200), span, 128, |_| false);
+        exercise.drain();
+        exercise.verify();
+    }
+    // What guests asked for arrived as what it is.
+    let counters = device.control.counters();
+    for (opcode, what) in [
+        (nvm::READ, "reads"),
+        (nvm::WRITE, "writes"),
+        (nvm::FLUSH, "flushes"),
+        (nvm::DSM, "discards"),
+        (nvm::WRITE_ZEROES, "zeroes"),
+    ] {
+        assert!(counters.io(opcode) > 0, "no {what} arrived");
+    }
+    device.assert_content();
+    daemon.stop();
+    assert!(
+        device.control.count(Count::Shutdowns) > 0,
+        "the controller was shut down in good order"
+    );
+    assert_eq!(device.control.mapped_count(), 0, "no memory is left to the device");
+    device.assert_content();
+}
+
+#[test]
+fn one_queue_for_two_reactors_is_crossed_to() {
+    let device = Device::with(ModelOptions { io_queues_max: 1, ..ModelOptions::default() }, &[9]);
+    let daemon = two_reactors(50);
+    attach(&daemon, "Nvme0", &device, &json!({}));
+    assert_eq!(shown(&daemon, "Nvme0")["io_queues"], 1);
+    let socket = daemon.add_controller("v", "Nvme0n1", &json!({}));
+    let mut exercise = exercise(&socket, 2);
+    let span = exercise.sectors_count();
+    exercise.random_for(Duration::from_millis(1000), span, 64, |_| false);
+    exercise.drain();
+    exercise.verify();
+    let facts =
+        &daemon.call("bdev_get_bdevs", &json!({"name": "Nvme0n1"}))[0]["driver_specific"]["facts"];
+    assert!(facts["crossed_requests"].as_u64().is_some_and(|count| count > 0), "{facts}");
+    device.assert_content();
+    daemon.stop();
+}
+
+#[test]
+fn a_reset_in_mid_load_loses_nothing() {
+    let device = Device::new();
+    let daemon = two_reactors(50);
+    attach(&daemon, "Nvme0", &device, &json!({}));
+    let socket = daemon.add_controller("v", "Nvme0n1", &json!({}));
+    let mut exercise = exercise(&socket, 2);
+    let span = exercise.sectors_count();
+    for round in 1..=4 {
+        let mut rpc = daemon.rpc();
+        exercise.random_for(Duration::from_millis(150), span, 64, |_| false);
+        rpc.send("bdev_nvme_reset_controller", &json!({"name": "Nvme0"}));
+        exercise.random_for(Duration::from_millis(300), span, 64, |_| false);
+        exercise.drain();
+        assert_eq!(rpc.answer(), Ok(json!(true)));
+        let counters = shown(&daemon, "Nvme0")["counters"].clone();
+        assert_eq!(counters["resets"], round, "{counters}");
+    }
+    exercise.verify();
+    assert_eq!(shown(&daemon, "Nvme0")["state"], "enabled");
+    device.assert_content();
+    daemon.stop();
+}
+
+#[test]
+fn a_command_without_an_answer_is_aborted_and_the_guest_goes_on() {
+    let device = Device::new();
+    let daemon = two_reactors(50);
+    let options = json!({"timeout_us": 300_000});
+    attach(&daemon, "Nvme0", &device, &options);
+    let socket = daemon.add_controller("v", "Nvme0n1", &json!({}));
+    let mut exercise = exercise(&socket, 2);
+    let span = exercise.sectors_count();
+    device.control.rule(Match::io(nvm::READ).times(3), Action::Swallow);
+    exercise.random_for(Duration::from_secs(1), span, 64, |_| false);
+    exercise.drain();
+    exercise.verify();
+    let counters = shown(&daemon, "Nvme0")["counters"].clone();
+    assert!(counters["timeouts"].as_u64() >= Some(3), "{counters}");
+    assert!(counters["aborts"].as_u64() >= Some(1), "{counters}");
+    device.assert_content();
+    daemon.stop();
+}
+
+/// Reads sector 0 until it fails.
+fn fails_soon(exercise: &mut Exercise) -> bool {
+    let end = Instant::now() + WAIT_MAX;
+    while Instant::now() < end {
+        if !exercise.succeeds(Op::Read, 0, 1) {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    false
+}
+
+#[test]
+fn a_device_that_dies_in_mid_load_fails_its_own_guests_only() {
+    let device = Device::new();
+    let daemon = two_reactors(50);
+    attach(&daemon, "Nvme0", &device, &json!({"timeout_us": 500_000}));
+    let victim = daemon.add_controller("victim", "Nvme0n1", &json!({}));
+    let mut neighbour = exercise(&daemon.add_malloc("ram", DISK_BYTES, 512), 2);
+    let mut exercise = exercise(&victim, 2);
+    let span = exercise.sectors_count();
+    exercise.random_for(Duration::from_millis(300), span, 64, |_| false);
+    exercise.tolerates_errors = true;
+    let (dir, media) = device.kill();
+    let died = Instant::now();
+    // Everything that is out comes back, with or without an error, while the neighbour works as ever.
+    while exercise.inflight_count() > 0 || !fails_soon(&mut exercise) {
+        exercise.kick();
+        exercise.poll();
+        neighbour.random_rounds(8, 4096, 16);
+        assert!(died.elapsed() < WAIT_MAX, "{exercise}");
+    }
+    assert!(wait_for(WAIT_MAX, || controllers_count(&daemon) == 0), "it is still listed");
+    assert!(died.elapsed() < Duration::from_secs(15), "it took {:?}", died.elapsed());
+    assert!(!has_bdev(&daemon, "Nvme0n1"));
+    neighbour.drain();
+    neighbour.verify();
+    let saved = daemon.call("framework_get_config", &json!({"name": "bdev"}));
+    assert_eq!(saved.as_array().expect("calls").len(), 1, "only the RAM disk: {saved}");
+    drop(exercise);
+    daemon.call("vhost_delete_controller", &json!({"ctrlr": "victim"}));
+
+    // The process comes back: the same name again, and what was written is there.
+    let device = Device::over(dir, ModelOptions::default(), &[9], media);
+    assert_eq!(attach(&daemon, "Nvme0", &device, &json!({})), ["Nvme0n1"]);
+    let socket = daemon.add_controller("victim", "Nvme0n1", &json!({}));
+    let mut exercise = self::exercise(&socket, 2);
+    exercise.one(Op::WriteZeroes(true), 0, 128);
+    for lba in 0..64 {
+        exercise.one(Op::Write, lba, 1);
+    }
+    for lba in 0..64 {
+        exercise.one(Op::Read, lba, 2);
+    }
+    device.assert_content();
+    daemon.stop();
+}
+
+#[test]
+fn detaching_under_a_guest_gives_it_errors_and_frees_the_name() {
+    let device = Device::new();
+    let daemon = two_reactors(50);
+    attach(&daemon, "Nvme0", &device, &json!({}));
+    let socket = daemon.add_controller("v", "Nvme0n1", &json!({}));
+    let mut exercise = exercise(&socket, 2);
+    let span = exercise.sectors_count();
+    exercise.random_for(Duration::from_millis(200), span, 64, |_| false);
+    exercise.tolerates_errors = true;
+    let mut rpc = daemon.rpc();
+    rpc.send("bdev_nvme_detach_controller", &json!({"name": "Nvme0"}));
+    exercise.random_for(Duration::from_millis(500), span, 64, |_| false);
+    exercise.drain();
+    assert_eq!(rpc.answer(), Ok(json!(true)));
+    assert!(fails_soon(&mut exercise));
+    assert!(!has_bdev(&daemon, "Nvme0n1"));
+    assert!(wait_for(WAIT_MAX, || controllers_count(&daemon) == 0));
+    assert_eq!(device.control.mapped_count(), 0, "no memory is left to the device");
+    assert_eq!(attach(&daemon, "Nvme0", &device, &json!({})), ["Nvme0n1"]);
+    device.assert_content();
+    daemon.stop();
+}
+
+#[test]
+fn a_device_that_answers_nothing_does_not_keep_the_daemon() {
+    let device = Device::new();
+    let daemon = two_reactors(50);
+    attach(&daemon, "Nvme0", &device, &json!({"timeout_us": 0}));
+    let socket = daemon.add_controller("v", "Nvme0n1", &json!({}));
+    let mut exercise = exercise(&socket, 2);
+    device.control.rule(Match::any_io(), Action::Swallow);
+    exercise.tolerates_errors = true;
+    for lba in 0..8 {
+        assert!(exercise.begin(Op::Read, 0, lba, 1));
+    }
+    exercise.kick();
+    assert!(wait_for(WAIT_MAX, || device.control.held() == 8), "the commands arrive");
+    let began = Instant::now();
+    daemon.stop();
+    assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
+    assert_eq!(device.control.mapped_count(), 0);
+}
+
+#[test]
+fn namespaces_come_go_and_grow_under_guests() {
+    let device = Device::new();
+    let daemon = two_reactors(50);
+    attach(&daemon, "Nvme0", &device, &json!({}));
+    let socket = daemon.add_controller("v", "Nvme0n1", &json!({}));
+    let mut exercise = exercise(&socket, 2);
+    exercise.one(Op::Write, 0, 8);
+
+    let medium = Medium::ram(DISK_BYTES).expect("memory");
+    device.control.attach_namespace(ModelNamespace::new(2, 12, DISK_BYTES >> 12, medium));
+    assert!(wait_for(WAIT_MAX, || has_bdev(&daemon, "Nvme0n2")), "no bdev for a new namespace");
+    let second = daemon.add_controller("w", "Nvme0n2", &json!({}));
+    let mut other = self::exercise(&second, 2);
+    other.one(Op::Write, 0, 8);
+    other.one(Op::Read, 0, 8);
+
+    device.control.resize_namespace(1, DISK_BYTES / 512 / 2);
+    let blocks =
+        || daemon.call("bdev_get_bdevs", &json!({"name": "Nvme0n1"}))[0]["num_blocks"].as_u64();
+    assert!(wait_for(WAIT_MAX, || blocks() == Some(DISK_BYTES / 512 / 2)), "{:?}", blocks());
+    assert!(!exercise.succeeds(Op::Read, DISK_BYTES / 512 - 1, 1), "beyond the end");
+    exercise.one(Op::Read, 0, 8);
+
+    device.control.detach_namespace(2);
+    assert!(wait_for(WAIT_MAX, || !has_bdev(&daemon, "Nvme0n2")), "it stays");
+    assert!(fails_soon(&mut other));
+    exercise.one(Op::Read, 0, 8);
+    let saved = daemon.call("framework_get_config", &json!({"name": "vhost_blk"}));
+    assert_eq!(saved.as_array().expect("calls").len(), 1, "{saved}");
+    device.assert_content();
+    daemon.stop();
+}
+
+#[test]
+fn the_daemons_answers_tell_what_cannot_be_attached() {
+    let device = Device::new();
+    let daemon = two_reactors(50);
+    let fail = |params: &Value| {
+        daemon.rpc().try_call("bdev_nvme_attach_controller", params).expect_err("refused")
+    };
+    let nowhere = daemon.dir().join("nowhere");
+    let (code, message) = fail(&json!({"name": "N", "trtype": "vfiouser", "traddr": nowhere}));
+    assert!((-200..0).contains(&code) && message.contains("nowhere"), "{code} {message}");
+    let (code, message) = fail(&json!({"name": "N", "trtype": "PCIe", "traddr": "0000:ff:1f.7"}));
+    assert!((-200..0).contains(&code) && message.contains("0000:ff:1f.7"), "{code} {message}");
+    let (code, message) =
+        fail(&json!({"name": "a b", "trtype": "vfiouser", "traddr": device.traddr()}));
+    assert!(code == -32602 && message.contains("a b"), "{code} {message}");
+    attach(&daemon, "Nvme0", &device, &json!({}));
+    let (code, _) = fail(&json!({"name": "Nvme0", "trtype": "vfiouser", "traddr": "/x"}));
+    assert_eq!(code, -17);
+    let (code, message) =
+        fail(&json!({"name": "Nvme1", "trtype": "vfiouser", "traddr": device.traddr()}));
+    assert!(code == -16 && message.contains("Nvme0"), "{code} {message}");
+    let (code, _) = daemon
+        .rpc()
+        .try_call("bdev_nvme_set_options", &json!({"timeout_us": 0}))
+        .expect_err("too late");
+    assert_eq!(code, -1);
+    assert_eq!(controllers_count(&daemon), 1);
+
+    // Somebody else's bdev has the name that a namespace needs.
+    let other = Device::new();
+    daemon.call("bdev_null_create", &json!({"name": "Tn1", "block_size": 512, "num_blocks": 8}));
+    let (code, message) =
+        fail(&json!({"name": "T", "trtype": "vfiouser", "traddr": other.traddr()}));
+    assert!(code == -17 && message.contains("Tn1"), "{code} {message}");
+    assert!(wait_for(WAIT_MAX, || controllers_count(&daemon) == 1), "the half-attached one goes");
+    assert!(has_bdev(&daemon, "Tn1"));
+
+    let health = daemon.call("bdev_nvme_get_controller_health_info", &json!({"name": "Nvme0"}));
+    assert_eq!(health["model_number"], "ringmill model controller");
+    device.control.set_health(0, 320);
+    let is_hot = || {
+        let health = daemon.call("bdev_nvme_get_controller_health_info", &json!({"name": "Nvme0"}));
+        health["temperature_celsius"] == 47
+    };
+    assert!(wait_for(WAIT_MAX, is_hot), "{health}");
+    daemon.stop();
+}
+
+#[test]
+fn a_configuration_file_attaches_and_shows_a_namespace() {
+    let device = Device::new();
+    let dir = TempDir::new().expect("a directory");
+    let file = dir.path().join("ringmill.toml");
+    let text = format!(
+        "[[disk]]\nname = \"vm1\"\nbdev = \"Nvme0n1\"\n\n[[nvme]]\nname = \"Nvme0\"\nsocket = {:?}\nqueues = 1\n",
+        device.traddr()
+    );
+    fs::write(&file, text).expect("a file");
+    let daemon = Daemon::with(["-m", "3", "--config", file.to_str().expect("UTF-8")]);
+    // Answered when the configuration has been loaded.
+    assert_eq!(shown(&daemon, "Nvme0")["io_queues"], 1);
+    let mut exercise = exercise(&daemon.socket("vm1"), 2);
+    let span = exercise.sectors_count();
+    exercise.random_rounds(400, span, 64);
+    exercise.verify();
+    device.assert_content();
+    daemon.stop();
+
+    // A device that is not there is one line, and nothing is served.
+    let (gone, _) = device.kill();
+    let output = std::process::Command::new(daemon::RINGMILLD)
+        .args(["-m", "1", "-S"])
+        .arg(dir.path().join("s"))
+        .arg("-r")
+        .arg(dir.path().join("rpc"))
+        .arg("--config")
+        .arg(&file)
+        .output()
+        .expect("ringmilld starts");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("bdev_nvme_attach_controller"), "{said}");
+    drop(gone);
+}
+
+#[test]
+fn a_guest_of_an_image_beside_an_nvme_disk_is_not_confused_with_it() {
+    let device = Device::new();
+    let daemon = two_reactors(50);
+    attach(&daemon, "Nvme0", &device, &json!({}));
+    let image: PathBuf = daemon.dir().join("image");
+    set_len(&image, DISK_BYTES);
+    let sockets = [
+        daemon.add_controller("n", "Nvme0n1", &json!({})),
+        daemon.add_uring("file", &image, &json!({})),
+    ];
+    let mut both: Vec<Exercise> = sockets.iter().map(|socket| exercise(socket, 1)).collect();
+    for _ in 0..20 {
+        for one in &mut both {
+            one.random_rounds(32, 2048, 32);
+        }
+    }
+    for one in &mut both {
+        one.verify();
+    }
+    device.assert_content();
+    daemon.stop();
+}
