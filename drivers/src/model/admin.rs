@@ -18,6 +18,7 @@ use super::dma::Reach;
 use super::faults::Aborts;
 use super::held::Plan;
 use super::identify;
+use super::lies::Lie;
 use super::link::lock;
 use super::machine::{Answer, Machine};
 use super::options::{ModelOptions, Vectors};
@@ -101,10 +102,9 @@ impl Admin {
         self.shadow = None;
     }
 
-    pub(super) fn attach_shadow(&mut self, reach: &Reach) {
-        if let Some(shadow) = &mut self.shadow {
-            shadow.attach(reach);
-        }
+    /// True when a page was there, and is not any more.
+    pub(super) fn attach_shadow(&mut self, reach: &Reach) -> bool {
+        self.shadow.as_mut().is_some_and(|shadow| shadow.attach(reach))
     }
 
     pub(super) fn write_cache_is_on(&self) -> bool {
@@ -189,7 +189,7 @@ impl Machine {
     /// Sends data to the driver's memory.
     fn send(&mut self, sqe: &Sqe, data: &mut [u8]) -> Result<(), Refusal> {
         if let Some(lies) = &self.link.lies {
-            lock(lies).data(data);
+            lock(lies).data(data, Lie::Data);
         }
         let len_bytes = data.len() as u64;
         self.walker.walk(&mut self.reach, sqe, len_bytes, Way::ToHost, true)?;

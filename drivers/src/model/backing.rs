@@ -15,6 +15,7 @@ use ringmill_core::units::usize_of;
 use super::config_space::{CONFIG_BYTES, config_space};
 use super::control::ModelControl;
 use super::dma::ModelDomain;
+use super::lies::Lie;
 use super::link::{Link, ModelRegisters, lock};
 use super::machine::Machine;
 use super::options::{ModelNamespace, ModelOptions, Vectors};
@@ -70,6 +71,13 @@ impl ModelBacking {
     /// For the vfio-user server, which maps where its client says.
     pub(super) fn domain(&self) -> &ModelDomain {
         &self.domain
+    }
+
+    /// Changes what configuration space says, seldom.
+    pub(super) fn lie_about(&self, config: &mut [u8]) {
+        if let Some(lies) = &self.link.lies {
+            lock(lies).data(config, Lie::Config);
+        }
     }
 
     /// The kind of interrupts.

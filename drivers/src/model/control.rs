@@ -9,7 +9,8 @@ use ringmill_core::spec::nvme::{cc, event, health, log, reg};
 use super::counters::{Count, Counters};
 use super::dma::{MapFailure, ModelDomain};
 use super::faults::{Aborts, Action, Match};
-use super::link::Link;
+use super::lies::Lie;
+use super::link::{Link, lock};
 use super::machine::Machine;
 use super::namespace::Namespace;
 use super::options::ModelNamespace;
@@ -46,9 +47,16 @@ impl ModelControl {
     /// with `assert_eq!(control.complaint(), None)`.
     #[must_use]
     pub fn complaint(&self) -> Option<String> {
-        let faults = self.count(Count::DmaFaults);
-        let error = self.link.counters.first_protocol_error();
-        error.or_else(|| (faults > 0).then(|| format!("{faults} accesses to unmapped memory")))
+        let counters = &self.link.counters;
+        let theft = || Some(format!("memory taken away: {}", counters.first_theft()?));
+        let fault = || Some(format!("access to unmapped memory: {}", counters.first_fault()?));
+        counters.first_protocol_error().or_else(theft).or_else(fault)
+    }
+
+    /// How often it has lied about something.
+    #[must_use]
+    pub fn lies(&self, about: Lie) -> u64 {
+        self.link.lies.as_ref().map_or(0, |lies| lock(lies).told(about))
     }
 
     /// Has `action` happen to the commands that `what` describes, after all rules that there are.

@@ -17,8 +17,10 @@ pub enum Count {
     Sgl,
     /// Violations of the specification by the driver; [`Counters::first_protocol_error`] has the first.
     ProtocolErrors,
-    /// Accesses outside of what is mapped for the device.
+    /// Accesses outside of what is mapped for the device; [`Counters::first_fault`] has the first.
     DmaFaults,
+    /// Memory taken away in which the device had a queue, and never said otherwise; [`Counters::first_theft`] has the first.
+    Thefts,
     /// Interrupts raised: eventfds written to.
     Interrupts,
     /// Commands across a namespace's optimal I/O boundary.
@@ -52,6 +54,8 @@ pub struct Counters {
     admin: [AtomicU64; 256],
     io: [AtomicU64; 256],
     first_protocol_error: Mutex<Option<String>>,
+    first_fault: Mutex<Option<String>>,
+    first_theft: Mutex<Option<String>>,
 }
 
 impl Counters {
@@ -61,6 +65,8 @@ impl Counters {
             admin: [const { AtomicU64::new(0) }; 256],
             io: [const { AtomicU64::new(0) }; 256],
             first_protocol_error: Mutex::new(None),
+            first_fault: Mutex::new(None),
+            first_theft: Mutex::new(None),
         }
     }
 
@@ -86,6 +92,32 @@ impl Counters {
     #[must_use]
     pub fn first_protocol_error(&self) -> Option<String> {
         self.first_protocol_error.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The first access outside of what was mapped.
+    #[must_use]
+    pub fn first_fault(&self) -> Option<String> {
+        self.first_fault.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The first memory that was taken away while a queue of the device was in it.
+    #[must_use]
+    pub fn first_theft(&self) -> Option<String> {
+        self.first_theft.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    #[cold]
+    pub(super) fn fault(&self, text: impl FnOnce() -> String) {
+        let mut first = self.first_fault.lock().unwrap_or_else(PoisonError::into_inner);
+        first.get_or_insert_with(text);
+        self.add(Count::DmaFaults, 1);
+    }
+
+    #[cold]
+    pub(super) fn theft(&self, text: impl FnOnce() -> String) {
+        let mut first = self.first_theft.lock().unwrap_or_else(PoisonError::into_inner);
+        first.get_or_insert_with(text);
+        self.add(Count::Thefts, 1);
     }
 
     #[inline]

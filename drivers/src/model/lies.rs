@@ -12,6 +12,37 @@ use super::machine::Machine;
 /// One in so many completions is changed, with the boldest first byte.
 const BOLDNESS: u64 = 64;
 
+/// What lies are about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Lie {
+    /// CSTS.
+    Status,
+    /// Another register.
+    Register,
+    /// Identify data or a log page.
+    Data,
+    /// An admin command's completion is changed, or another one comes with it.
+    AdminAnswer,
+    /// The same for an I/O command.
+    IoAnswer,
+    /// A completion is left out.
+    Dropped,
+    /// A completion comes twice.
+    Doubled,
+    /// A completion of nothing.
+    Invented,
+    /// An event index of doorbells in memory.
+    EventIndex,
+    /// Configuration space.
+    Config,
+}
+
+const KINDS: usize = Lie::Config as usize + 1;
+
+/// Those that may make a driver believe that the device has stopped or forgotten a queue.
+const EXCUSES: [Lie; 3] = [Lie::Status, Lie::AdminAnswer, Lie::Invented];
+
 /// Where lies come from: the bytes given, then a generator seeded by them.
 #[derive(Debug)]
 pub(super) struct Lies {
@@ -25,6 +56,9 @@ pub(super) struct Lies {
     completions: u64,
     /// Chances in 65,536 that an idle look posts something.
     idle: u64,
+    /// It lies about these, a bit each.
+    kinds: u64,
+    told: [u64; KINDS],
 }
 
 impl Lies {
@@ -40,11 +74,18 @@ impl Lies {
             data: 0,
             completions: 0,
             idle: 0,
+            kinds: u64::MAX,
+            told: [0; KINDS],
         };
         lies.registers = lies.below(8);
         lies.data = lies.below(4) * 8;
         lies.completions = lies.below(BOLDNESS);
         lies.idle = lies.below(64);
+        // Some have one weakness, so that what comes of it is not hidden by others.
+        if lies.below(4) == 0 {
+            lies.kinds = 1 << lies.below(KINDS as u64);
+            (lies.registers, lies.data, lies.completions, lies.idle) = (16, 64, BOLDNESS, 256);
+        }
         lies
     }
 
@@ -54,6 +95,22 @@ impl Lies {
         };
         self.at += 8;
         u64::from_le_bytes(*chunk) ^ self.chance.next_u64().rotate_left(17)
+    }
+
+    /// Notes a lie that is about to be told; false: it does not lie about that.
+    fn tells(&mut self, kind: Lie) -> bool {
+        let does = self.kinds & 1 << kind as usize != 0;
+        self.told[kind as usize] += u64::from(does);
+        does
+    }
+
+    pub(super) fn told(&self, kind: Lie) -> u64 {
+        self.told[kind as usize]
+    }
+
+    /// It may have made a driver believe that it had stopped, or forgotten a queue.
+    pub(super) fn excuses(&self) -> bool {
+        EXCUSES.iter().any(|kind| self.told(*kind) > 0)
     }
 
     fn below(&mut self, bound: u64) -> u64 {
@@ -82,12 +139,13 @@ impl Lies {
         if offset_bytes >= reg::DOORBELLS || self.below(16_384) >= self.registers {
             return value;
         }
-        self.twist(value)
+        let kind = if offset_bytes == reg::CSTS { Lie::Status } else { Lie::Register };
+        if self.tells(kind) { self.twist(value) } else { value }
     }
 
     /// Changes some words of identify data and logs.
-    pub(super) fn data(&mut self, data: &mut [u8]) {
-        if self.below(256) >= self.data || data.is_empty() {
+    pub(super) fn data(&mut self, data: &mut [u8], kind: Lie) {
+        if self.below(256) >= self.data || data.is_empty() || !self.tells(kind) {
             return;
         }
         for _ in 0..=self.below(8) {
@@ -109,22 +167,34 @@ impl Lies {
         let mut other = entry;
         let at = usize::try_from(self.below(4)).unwrap_or(0);
         other[at] = self.twist(entry[at]);
+        let changed = if cq == 0 { Lie::AdminAnswer } else { Lie::IoAnswer };
         match self.below(4) {
-            0 => (0, entry, entry),
-            1 => (2, entry, other),
-            2 => (2, entry, entry),
-            _ => (1, other, other),
+            0 if self.tells(Lie::Dropped) => (0, entry, entry),
+            1 if self.tells(changed) => (2, entry, other),
+            2 if self.tells(Lie::Doubled) => (2, entry, entry),
+            3 if self.tells(changed) => (1, other, other),
+            _ => (1, entry, entry),
         }
     }
 
     /// A completion that nobody asked for, for one of the first queues.
     fn idle(&mut self) -> Option<(u16, [u32; 4])> {
-        if self.below(65536) >= self.idle {
+        if self.below(65536) >= self.idle || !self.tells(Lie::Invented) {
             return None;
         }
         let queue = (self.below(4) & 3) as u16;
         let cid = self.word() & 0x1fff;
         Some((queue, [self.word(), self.word(), self.word(), cid | self.word() & 0xfffe_0000]))
+    }
+
+    /// An event index for one of the first queues: queue, which of its doorbells, value.
+    fn event_index(&mut self) -> Option<(u16, bool, u32)> {
+        // Far more of them than of completions: most change nothing.
+        if self.below(4096) >= self.idle || !self.tells(Lie::EventIndex) {
+            return None;
+        }
+        let queue = (self.below(4) & 3) as u16;
+        Some((queue, self.below(2) == 0, self.twist(0)))
     }
 }
 
@@ -142,9 +212,14 @@ impl Machine {
         }
     }
 
-    /// Posts something out of nothing, seldom.
+    /// Posts something out of nothing, or moves an event index, seldom.
     pub(super) fn lie_idle(&mut self) {
         let Some(lies) = &self.link.lies else { return };
+        if let Some(shadow) = &self.admin.shadow
+            && let Some((queue, is_completion, value)) = super::link::lock(lies).event_index()
+        {
+            shadow.lie(queue, is_completion, value);
+        }
         let Some((queue, entry)) = super::link::lock(lies).idle() else { return };
         let cq = self.cqs.get(usize::from(queue)).and_then(Option::as_ref);
         if cq.is_some_and(|cq| cq.room() > 0) {

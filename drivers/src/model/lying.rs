@@ -50,7 +50,9 @@ impl PciBacking for LyingBacking {
     }
 
     fn config_read(&self, offset_bytes: u64, into: &mut [u8]) -> Result<(), PciError> {
-        self.0.config_read(offset_bytes, into)
+        self.0.config_read(offset_bytes, into)?;
+        self.0.lie_about(into);
+        Ok(())
     }
 
     fn set_bus_master(&self, on: bool) -> Result<(), PciError> {

@@ -405,13 +405,23 @@ impl Machine {
 
     pub(super) fn set_memory(&mut self, table: Arc<MemTable>) {
         self.reach = Reach::new(table);
-        for queue in self.sqs.iter_mut().flatten() {
-            queue.attach(&self.reach);
+        // A device that is no bus master, or out of the slot, reaches nothing anyway; one that said that it had stopped has
+        // no claim.
+        let lies = self.link.lies.as_ref().is_some_and(|lies| super::link::lock(lies).excuses());
+        let reaches = self.is_master && !self.link.gone.load(Ordering::Relaxed) && !lies;
+        for id in 0..self.sqs.len() {
+            let sq_lost = self.sqs[id].as_mut().is_some_and(|queue| queue.attach(&self.reach));
+            let cq_lost = self.cqs[id].as_mut().is_some_and(|queue| queue.attach(&self.reach));
+            if reaches && (sq_lost || cq_lost) {
+                let state = self.state;
+                self.link.counters.theft(|| {
+                    format!("queue {id} (submission {sq_lost}, completion {cq_lost}), {state:?}")
+                });
+            }
         }
-        for queue in self.cqs.iter_mut().flatten() {
-            queue.attach(&self.reach);
+        if self.admin.attach_shadow(&self.reach) && reaches {
+            self.link.counters.theft(|| "doorbells in memory".to_owned());
         }
-        self.admin.attach_shadow(&self.reach);
     }
 
     pub(super) fn stop(&mut self) {
@@ -451,7 +461,7 @@ impl Machine {
         for _ in 0..count {
             let Some(sq) = self.sqs[at].as_mut() else { break };
             let Some(sqe) = sq.fetch() else {
-                self.link.counters.add(Count::DmaFaults, 1);
+                self.link.counters.fault(|| format!("entries of submission queue {id}"));
                 self.fail();
                 return true;
             };
@@ -549,7 +559,7 @@ impl Machine {
     pub(super) fn post(&mut self, cq_id: u16, entry: [u32; 4]) {
         let Some(cq) = self.cqs[usize::from(cq_id)].as_mut() else { return };
         if !cq.post(entry) {
-            self.link.counters.add(Count::DmaFaults, 1);
+            self.link.counters.fault(|| format!("an entry of completion queue {cq_id}"));
             self.fail();
         }
     }
@@ -563,7 +573,7 @@ impl Machine {
             self.look_at_head(id);
             let is_mapped = self.cqs[usize::from(id)].as_mut().is_none_or(Cq::post_waiting);
             if !is_mapped {
-                self.link.counters.add(Count::DmaFaults, 1);
+                self.link.counters.fault(|| format!("a late entry of completion queue {id}"));
                 self.fail();
                 return;
             }
@@ -610,7 +620,7 @@ impl Machine {
             self.link.counters.protocol_error(|| format!("queue {id}: {text} (command {sqe:x?})"));
         }
         if refusal.is_fault {
-            self.link.counters.add(Count::DmaFaults, 1);
+            self.link.counters.fault(|| format!("data of queue {id}'s command {sqe:x?}"));
         }
         self.admin.log_error(id, sqe, refusal.status);
         // Most of them fail again, except where the medium or an abort is to blame.

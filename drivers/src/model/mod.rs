@@ -38,6 +38,7 @@ pub use counters::{Count, Counters};
 pub use data::Piece;
 pub use dma::MapFailure;
 pub use faults::{Aborts, Action, Match};
+pub use lies::Lie;
 pub use link::ModelRegisters;
 pub use lying::LyingBacking;
 pub use media::{Medium, Ram};

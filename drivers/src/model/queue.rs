@@ -49,9 +49,11 @@ impl Sq {
         queue
     }
 
-    /// Looks its memory up in a new table.
-    pub(super) fn attach(&mut self, reach: &Reach) {
-        self.ring = reach.window(self.iova, index(self.size) * SQE_BYTES);
+    /// Looks its memory up in a new table; true when it was there, and is not any more.
+    pub(super) fn attach(&mut self, reach: &Reach) -> bool {
+        let ring = reach.window(self.iova, index(self.size) * SQE_BYTES);
+        let is_there = ring.is_some();
+        std::mem::replace(&mut self.ring, ring).is_some() && !is_there
     }
 
     /// Asks for the entries that will be fetched next.
@@ -132,8 +134,11 @@ impl Cq {
         queue
     }
 
-    pub(super) fn attach(&mut self, reach: &Reach) {
-        self.ring = reach.window(self.iova, index(self.size) * CQE_BYTES);
+    /// As for [`Sq::attach`].
+    pub(super) fn attach(&mut self, reach: &Reach) -> bool {
+        let ring = reach.window(self.iova, index(self.size) * CQE_BYTES);
+        let is_there = ring.is_some();
+        std::mem::replace(&mut self.ring, ring).is_some() && !is_there
     }
 
     /// Entries that can be posted now.

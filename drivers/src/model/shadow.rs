@@ -41,9 +41,19 @@ impl Shadow {
         (shadow.doorbells.is_some() && shadow.events.is_some()).then_some(shadow)
     }
 
-    pub(super) fn attach(&mut self, reach: &Reach) {
+    /// Looks the pages up in a new table; true when one was there, and is not any more.
+    pub(super) fn attach(&mut self, reach: &Reach) -> bool {
+        let were = (self.doorbells.is_some(), self.events.is_some());
         self.doorbells = reach.window(self.iovas.0, self.page_bytes);
         self.events = reach.window(self.iovas.1, self.page_bytes);
+        were.0 && self.doorbells.is_none() || were.1 && self.events.is_none()
+    }
+
+    /// Says something else than the truth about a queue's event indices.
+    pub(super) fn lie(&self, queue: u16, is_completion: bool, value: u32) {
+        if let (Some(events), Some(at)) = (&self.events, self.at(queue, is_completion)) {
+            events.store_u32(at, value, Ordering::Release);
+        }
     }
 
     fn at(&self, queue: u16, is_completion: bool) -> Option<usize> {

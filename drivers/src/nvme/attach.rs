@@ -71,6 +71,8 @@ fn start<B: PciBacking>(
     events: NvmeEvents,
 ) -> Result<Handle<B>, NvmeError> {
     let wanted = pairs_wanted(&options, reactors.len());
+    // Dropped after the controller, which cuts the device off.
+    let (mut pairs, mut homes) = (Vec::new(), Vec::new());
     let mut controller = Controller::open(Arc::clone(backing), &options, wanted)?;
     let granted = controller.ask_for_pairs(wanted)?;
     controller.set_up_shadow(granted)?;
@@ -91,7 +93,6 @@ fn start<B: PciBacking>(
         backing.bind_vector(0, Some(interrupt.as_fd()))?;
     }
     let key = DeviceKey::next();
-    let (mut pairs, mut homes) = (Vec::new(), Vec::new());
     for (number, reactor) in (1..=granted).zip(reactors) {
         let order = PairOrder {
             key,

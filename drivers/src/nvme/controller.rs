@@ -14,6 +14,7 @@ use ringmill_core::spec::nvme::{cc, csts};
 
 use super::admin::AdminQueue;
 use super::identify::{ControllerData, SetLimits};
+use super::parts::QueueMemory;
 use super::queues::ShadowPages;
 use super::quirks::{INIT_DELAY, Quirks, READY_DELAY};
 use super::registers::{Bar, Capabilities, doorbell_offset, enabled_configuration};
@@ -47,6 +48,8 @@ pub(super) struct Controller<B: PciBacking> {
     pub(super) data: ControllerData,
     pub(super) limits: SetLimits,
     pub(super) shadow: Option<ShadowPages>,
+    /// Memory of queues whose creation failed: the device may have made them. Held until it has stopped.
+    pub(super) orphans: Vec<Arc<QueueMemory>>,
     pub(super) timeout_admin: Duration,
     ready_most: Duration,
     command_set: u32,
@@ -83,6 +86,7 @@ impl<B: PciBacking> Controller<B> {
             data: ControllerData::parse(&[], quirks),
             limits: SetLimits::default(),
             shadow: None,
+            orphans: Vec::new(),
             timeout_admin: options.timeout_admin,
             ready_most: options.ready_timeout_max,
             command_set,
@@ -131,6 +135,7 @@ impl<B: PciBacking> Controller<B> {
         let words = ("stop after CC.EN was cleared", "power it off and on");
         self.bar.wait_status(csts::RDY, 0, within, true, words)?;
         self.backing.set_bus_master(false)?;
+        self.orphans.clear();
         Ok(())
     }
 
@@ -178,6 +183,13 @@ impl<B: PciBacking> Controller<B> {
             }
         }
         self.disable(Duration::MAX)
+    }
+}
+
+/// However it ends, the device is cut off before the memory of its queues is taken away; closing twice does nothing.
+impl<B: PciBacking> Drop for Controller<B> {
+    fn drop(&mut self) {
+        self.backing.close();
     }
 }
 

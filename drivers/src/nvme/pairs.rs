@@ -129,7 +129,10 @@ pub(super) fn make_pair<B: PciBacking>(
         shared: Arc::clone(&shared),
         timeout_ns: u64::try_from(options.timeout.as_nanos()).unwrap_or(u64::MAX),
     })?;
-    controller.create_pair(queue_id, &memory, vector)?;
+    if let Err(error) = controller.create_pair(queue_id, &memory, vector) {
+        controller.orphans.push(memory);
+        return Err(error);
+    }
     shared.order(Order::Run);
     let pair = Pair { queue_id, shared, memory, vector, home, exists: true, late: None };
     Ok((pair, queue_pair))

@@ -1,11 +1,12 @@
 //! `cargo xtask`: the developer's commands. Nothing here ships.
 //!
 //! tidy checks what a machine can check of the house style; test runs everything, guest only the QEMU guests, sim the
-//! simulator; instructions counts what a request costs, bench measures speed beside other servers; packages says which Debian packages are missing and, as root, installs them; man writes man pages and
+//! simulator; fuzz meets a driver with devices that lie; instructions counts what a request costs, bench measures speed beside other servers; packages says which Debian packages are missing and, as root, installs them; man writes man pages and
 //! shell completions.
 
 mod bench;
 mod callgrind;
+mod fuzz;
 mod groups;
 mod instructions;
 mod man;
@@ -61,6 +62,8 @@ enum Task {
         #[arg(long, value_name = "N", default_value_t = 100)]
         seeds: u64,
     },
+    /// Have a driver meet devices that lie, in the device model, for some time
+    Fuzz(fuzz::Options),
     /// Write man pages and shell completions to target/man and target/completions
     Man,
     /// Measure ringmilld beside qemu-storage-daemon and fio, in one run, into docs/PERFORMANCE.md; about ten minutes
@@ -113,6 +116,7 @@ fn run(task: &Task) -> Result<bool> {
             let range = seed.map_or(SimRange::First(*seeds), SimRange::One);
             groups::sim(&root, range)
         }
+        Task::Fuzz(options) => fuzz::run(&root, options),
         Task::Man => man::man(&root),
         Task::Bench(options) => bench::run(&root, options),
         Task::Instructions { write, functions } => {
