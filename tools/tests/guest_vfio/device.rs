@@ -294,7 +294,7 @@ fn conformance() {
         let bdev = namespace.bdev.expect("a bdev");
         let started = Instant::now();
         // Under software emulation a request takes a tenth of a millisecond.
-        let requests_count = 200;
+        let requests_count = 100;
         Suite { requests_count, ..Suite::new(bdev) }.run();
         println!("passed in {:?}", started.elapsed());
     }

@@ -100,12 +100,12 @@ impl Stack {
         )
     }
 
-    /// A load of ringmill-perf; its figures.
+    /// A load of ringmill-perf; its figures, on one line: a hundred short ones have jammed the serial port.
     fn perf(&mut self, words: &str) -> Result<Value, LabError> {
         let perf = self.program("ringmill-perf");
         let said = self.sh(&format!(
             "{perf} --json --timeout 120 {words} >/run/perf 2>/run/perf.err || {{ cat /run/perf /run/perf.err; tail -20 /run/daemon.log; exit 1; }}\n\
-             cat /run/perf"
+             tr -d ' \\n' </run/perf"
         ))?;
         Ok(serde_json::from_str(&said).unwrap_or_else(|error| panic!("{words}: {error}: {said}")))
     }
