@@ -274,6 +274,8 @@ impl<R: Registers> Channel for NvmeChannel<R> {
             if !self.over.is_empty() || !self.waiting.is_empty() {
                 self.go_on(pair, lists);
             }
+        } else if self.jobs.live_count() > 0 {
+            self.end_jobs(lists, IoStatus::Gone);
         }
         if !self.ready.is_empty() {
             self.ready.drain_into(done);

@@ -149,6 +149,24 @@ impl<R: Registers> NvmeChannel<R> {
         }
     }
 
+    /// Their pair is gone: nothing of them is out.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn end_jobs(&mut self, lists: &mut SegmentLists, status: IoStatus) {
+        self.over.clear();
+        self.waiting.clear();
+        loop {
+            let first = self.jobs.iter().next().map(|(tag, _)| tag);
+            let Some(tag) = first else { return };
+            if let Some(job) = self.jobs.get_mut(tag)
+                && job.status.is_ok()
+            {
+                job.status = status;
+            }
+            self.end_job(lists, tag);
+        }
+    }
+
     fn end_job(&mut self, lists: &mut SegmentLists, tag: Tag) {
         if let Some(job) = self.jobs.remove(tag) {
             lists.give_back(job.segments, &mut self.lists_held);

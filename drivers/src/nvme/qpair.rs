@@ -143,7 +143,14 @@ impl<R: Registers> QueuePair<R> {
         })
     }
 
-    /// True when no command has not ended and no channel has something to fetch: it may be taken from its reactor.
+    /// True when no channel is on it and no command has not ended: it may be taken from its reactor.
+    #[must_use]
+    #[cold]
+    pub fn is_unused(&self) -> bool {
+        !self.slots.has_members() && self.is_idle()
+    }
+
+    /// True when no command has not ended and no channel has something to fetch.
     #[must_use]
     pub fn is_idle(&self) -> bool {
         self.slots.taken_count() == 0 && !self.slots.has_news()

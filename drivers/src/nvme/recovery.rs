@@ -7,7 +7,7 @@
 
 use std::time::{Duration, Instant};
 
-use ringmill_core::reactor::DeviceSlot;
+use ringmill_core::reactor::{DeviceSlot, IoCx};
 
 use super::joint::Tally;
 use super::pairs::Late;
@@ -331,12 +331,17 @@ impl<B: PciBacking> Keeper<B> {
                 continue;
             }
             let taken = own.reactor.ask(move |reactor| {
-                let devices = &mut reactor.cx.io.devices;
+                let IoCx { devices, ring, .. } = &mut reactor.cx.io;
                 let slot: Option<DeviceSlot> = devices.find(key);
-                let pair = slot.and_then(|slot| devices.get::<QueuePair<B::Registers>>(slot));
-                // One with something to fetch stays: its channels are still there, and it costs nothing any more.
+                let pair = slot.and_then(|slot| devices.get_mut::<QueuePair<B::Registers>>(slot));
+                // One with channels stays: everything of theirs ends there, and it costs nothing any more.
                 match pair {
-                    Some(pair) if pair.is_idle() => Some(devices.remove(key)),
+                    Some(pair) if pair.is_unused() => {
+                        if let Some(ring) = ring {
+                            pair.leave(ring);
+                        }
+                        Some(devices.remove(key))
+                    }
                     Some(_) => None,
                     None => Some(None),
                 }

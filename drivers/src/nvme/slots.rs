@@ -176,6 +176,12 @@ impl CommandSlots {
         self.slots.len() - self.free.len()
     }
 
+    /// True when a channel is here, or one that has left has commands out.
+    #[cold]
+    pub(super) fn has_members(&self) -> bool {
+        self.members.iter().any(|member| member.open)
+    }
+
     /// True when a channel has something to fetch.
     #[inline]
     pub(super) fn has_news(&self) -> bool {
