@@ -85,7 +85,7 @@ impl<B: PciBacking> NvmeBdev<B> {
 
     /// No request reaches the device any more: the namespace is another one now, or none.
     pub(super) fn fence(&self) {
-        self.info.set_blocks(0);
+        self.info.fence();
     }
 
     /// The pair that a channel brings along, if its reactor does not have it yet.

@@ -109,7 +109,11 @@ impl<R: Registers> NvmeChannel<R> {
             && let Some(tag) = self.waiting.pop_front()
         {
             let Some(job) = self.jobs.get_mut(tag) else { continue };
-            if let State::Failed(status) = pair.state
+            let refusal = match pair.state {
+                State::Failed(status) => Some(status),
+                _ => self.info.is_fenced().then_some(IoStatus::Gone),
+            };
+            if let Some(status) = refusal
                 && job.status.is_ok()
             {
                 job.status = status;
