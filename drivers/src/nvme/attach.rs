@@ -123,8 +123,15 @@ fn start<B: PciBacking>(
     for pair in &pairs {
         common.count_pair(&pair.shared);
     }
-    refresh(&mut controller, &common)?;
-    controller.watch_events()?;
+    // While nobody waits: with a slow device behind a socket each pool may take long.
+    let end = common.map_bounces().map_err(NvmeError::from);
+    let end = end.and_then(|()| refresh(&mut controller, &common).map(|_| ()));
+    if let Err(error) = end.and_then(|()| controller.watch_events()) {
+        // Before the memory is taken away that it may write to.
+        backing.close();
+        common.forget();
+        return Err(error);
+    }
     let keeper = Keeper {
         controller,
         common: Arc::clone(&common),

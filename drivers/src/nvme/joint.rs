@@ -203,6 +203,12 @@ impl<B: PciBacking> Joint<B> {
         Ok(())
     }
 
+    /// The end, after the device was closed: no memory is held for it, and namespaces do not keep this alive.
+    pub(super) fn forget(&self) {
+        self.unmap_bounces();
+        self.status().namespaces.clear();
+    }
+
     /// Forgets them, once the device is closed.
     pub(super) fn unmap_bounces(&self) {
         let maps = std::mem::take(&mut *locked(&self.bounces));
