@@ -17,6 +17,7 @@ use super::controller::Controller;
 use super::joint::{HomePair, Joint, Parts, Request};
 use super::namespaces::refresh;
 use super::pairs::{InterruptPlan, PairOrder, make_pair};
+use super::registers::WantedBack;
 use super::report::{ControllerInfo, ControllerState, Counters, Health};
 use super::thread::Keeper;
 use super::{Namespace, NvmeControl, NvmeError, NvmeEvents, NvmeOptions};
@@ -132,6 +133,8 @@ fn start<B: PciBacking>(
         common.forget();
         return Err(error);
     }
+    let asked = Arc::clone(&common);
+    controller.bar.wanted_back = Some(WantedBack(Arc::new(move || asked.is_wanted_back())));
     let keeper = Keeper {
         controller,
         common: Arc::clone(&common),

@@ -287,6 +287,7 @@ impl<B: PciBacking> Keeper<B> {
 
     /// Something wants the device back: what can be done cleanly is, the rest is cut off; all within 5 s.
     pub(super) fn let_go(&mut self, why: &str) {
+        self.controller.bar.wanted_back = None;
         self.order_all(Order::Hold);
         self.wait_obeyed(OBEY_SOON);
         if let Err(error) = self.controller.disable(STOP_SOON) {
@@ -323,6 +324,7 @@ impl<B: PciBacking> Keeper<B> {
 
     /// The orderly end.
     pub(super) fn detach(&mut self) {
+        self.controller.bar.wanted_back = None;
         if !self.lost {
             self.order_all(Order::Hold);
             if !self.wait_obeyed(OBEY_SOON) {
@@ -366,22 +368,32 @@ impl<B: PciBacking> Keeper<B> {
             if waiting.is_some() {
                 continue;
             }
-            let taken = own.reactor.ask(move |reactor| {
-                let IoCx { devices, ring, .. } = &mut reactor.cx.io;
-                let slot: Option<DeviceSlot> = devices.find(key);
-                let pair = slot.and_then(|slot| devices.get_mut::<QueuePair<B::Registers>>(slot));
-                // One with channels stays: everything of theirs ends there, and it costs nothing any more.
-                match pair {
-                    Some(pair) if pair.is_unused() => {
-                        if let Some(ring) = ring {
-                            pair.leave(ring);
+            let take = || {
+                own.reactor.ask(move |reactor| {
+                    let IoCx { devices, ring, .. } = &mut reactor.cx.io;
+                    let slot: Option<DeviceSlot> = devices.find(key);
+                    let pair =
+                        slot.and_then(|slot| devices.get_mut::<QueuePair<B::Registers>>(slot));
+                    // One with channels stays: everything of theirs ends there, and it costs nothing any more.
+                    match pair {
+                        Some(pair) if pair.is_unused() => {
+                            if let Some(ring) = ring {
+                                pair.leave(ring);
+                            }
+                            Some(devices.remove(key))
                         }
-                        Some(devices.remove(key))
+                        Some(_) => None,
+                        None => Some(None),
                     }
-                    Some(_) => None,
-                    None => Some(None),
-                }
-            });
+                })
+            };
+            // Channels may be on their way out.
+            let start = Instant::now();
+            let mut taken = take();
+            while matches!(taken, Some(None)) && start.elapsed() < OBEY_SOON {
+                std::thread::sleep(LOOK_FOR);
+                taken = take();
+            }
             if !matches!(taken, Some(Some(_))) && !own.reactor.is_stopped() {
                 let name = &self.common.options.name;
                 tracing::warn!("{name}: a channel was not closed before it was detached");

@@ -205,7 +205,7 @@ impl<B: PciBacking> Keeper<B> {
             if self.lost {
                 return;
             }
-            match self.controller.backing.news() {
+            match self.common.next_news() {
                 None => return,
                 Some(DeviceNews::Gone) => self.lose("it was pulled out"),
                 Some(DeviceNews::Requested) => self.let_go("somebody else asked for it"),
