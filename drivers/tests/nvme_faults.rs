@@ -540,6 +540,48 @@ fn attaching_fails_clearly_and_leaves_nothing_behind() {
 }
 
 #[test]
+fn the_memory_of_queues_stays_until_the_device_is_cut_off_or_has_stopped() {
+    // Up and running, and then attaching fails.
+    for (opcode, skip) in [(admin::IDENTIFY, 2), (admin::SET_FEATURES, 0), (admin::SET_FEATURES, 1)]
+    {
+        for action in [Action::Swallow, Action::Fatal] {
+            let rule = Match::admin(opcode).after(skip);
+            let all = vec![namespace(1, 9)];
+            let (end, model, _) = Rig::try_new(quick(), all, hurried(), &[], |model| {
+                model.rule(rule, action);
+            });
+            end.expect_err("an error");
+            assert_eq!((model.mapped_count(), model.complaint()), (0, None));
+        }
+    }
+    // Half a pair that cannot be deleted goes with a reset.
+    let rig = Rig::new(quick(), hurried());
+    let internal = Action::Status(ringmill_core::spec::nvme::Status(6));
+    for opcode in [admin::CREATE_SQ, admin::DELETE_CQ] {
+        rig.model.rule(Match::admin(opcode).once(), internal);
+    }
+    let words = rig.bdev(1).open_channel(None).err().expect("refused").to_string();
+    assert!(words.contains("; then: "), "{words}");
+    assert_eq!(rig.counters().resets, 1);
+    let mut bed = TestBed::new(&*rig.bdev(1));
+    all_ok(&writes_during(&mut bed, 16, || {}));
+    bed.finish();
+    rig.finish();
+    // A queue that was made, and nobody heard of it.
+    for opcode in [admin::CREATE_CQ, admin::CREATE_SQ] {
+        let rig = Rig::new(quick(), hurried());
+        rig.model.rule(Match::admin(opcode).once(), Action::OtherCid(1));
+        let bdev = rig.bdev(1);
+        let words = bdev.open_channel(None).err().expect("refused").to_string();
+        assert!(words.contains("within 300 ms"), "{words}");
+        let mut bed = TestBed::new(&*bdev);
+        all_ok(&writes_during(&mut bed, 16, || {}));
+        bed.finish();
+        rig.finish();
+    }
+}
+
+#[test]
 fn a_channel_without_memory_for_the_device_is_refused_and_the_next_one_works() {
     let rig = Rig::new(quick(), options());
     let bdev = rig.bdev(1);

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use ringmill_core::reactor::{DeviceKey, ReactorHandle};
 use rustix::event::{EventfdFlags, eventfd};
 
+use super::admin::refused_with;
 use super::controller::Controller;
 use super::joint::Tally;
 use super::parts::{BindVector, Interrupts, QueueMemory, QueuePairParts};
@@ -143,7 +144,9 @@ pub(super) fn make_pair<B: PciBacking>(
         timeout_ns: u64::try_from(options.timeout.as_nanos()).unwrap_or(u64::MAX),
     })?;
     if let Err(error) = controller.create_pair(queue_id, &memory, vector) {
-        controller.orphans.push(memory);
+        if refused_with(&error).is_none() {
+            controller.orphans.push(memory);
+        }
         return Err(error);
     }
     shared.order(Order::Run);
@@ -170,7 +173,19 @@ impl<B: PciBacking> Keeper<B> {
             queue_id,
             home: None,
         };
-        let (pair, queue_pair) = make_pair(&mut self.controller, order)?;
+        let (pair, queue_pair) = match make_pair(&mut self.controller, order) {
+            Ok(made) => made,
+            Err(error) => {
+                // It may have a queue that nobody uses: only a reset makes sure. One without an answer is reset anyway.
+                if !self.controller.orphans.is_empty()
+                    && !self.controller.admin.is_broken()
+                    && !error.is_gone()
+                {
+                    self.reset(&error.to_string())?;
+                }
+                return Err(error);
+            }
+        };
         self.common.count_pair(&pair.shared);
         self.pairs.push(pair);
         Ok(queue_pair)

@@ -165,7 +165,13 @@ impl<B: PciBacking> Controller<B> {
         entry.0[11] = u32::from(queue_id) << 16 | CONTIGUOUS;
         let made = self.admin.command(&self.bar, entry, "create I/O submission queue", within);
         if let Err(error) = made {
-            self.delete(admin::DELETE_CQ, queue_id, ("delete I/O completion queue", within))?;
+            // After no answer nothing can be asked; the reset that follows forgets both.
+            if refused_with(&error).is_some()
+                && let Err(second) =
+                    self.delete(admin::DELETE_CQ, queue_id, ("delete I/O completion queue", within))
+            {
+                return Err(self.bar.refused(format!("{error}; then: {second}")));
+            }
             return Err(error);
         }
         if self.quirks.has(Quirks::DELAY_AFTER_QUEUES) {
