@@ -556,7 +556,7 @@ fn the_memory_of_queues_stays_until_the_device_is_cut_off_or_has_stopped() {
     }
     // Half a pair that cannot be deleted goes with a reset.
     let rig = Rig::new(quick(), hurried());
-    let internal = Action::Status(ringmill_core::spec::nvme::Status(6));
+    let internal = Action::Status(Status(6));
     for opcode in [admin::CREATE_SQ, admin::DELETE_CQ] {
         rig.model.rule(Match::admin(opcode).once(), internal);
     }
