@@ -36,8 +36,8 @@ fn device_dir(sysfs: &Path, address: &str) -> PathBuf {
     sysfs.join("bus/pci/devices").join(address)
 }
 
-/// vfio-pci, or one of its kind made for a certain device.
-fn is_vfio(driver: &str) -> bool {
+/// Whether a driver is vfio-pci, or one of its kind made for a certain device.
+pub fn is_vfio(driver: &str) -> bool {
     let driver = driver.replace('_', "-");
     driver == "vfio-pci" || driver.ends_with("-vfio-pci")
 }

@@ -36,6 +36,7 @@ use capability::Region;
 pub(crate) use descriptors::DeviceFile;
 use descriptors::Events;
 use domain::{Aperture, VfioDomain};
+pub use group::is_vfio;
 use interrupts::Interrupts;
 pub use registers::VfioRegisters;
 

@@ -2,22 +2,29 @@
 //!
 //! In: addresses that were checked. Out: writes to sysfs through [`Kernel`], in an order in which a crash between two of
 //! them leaves the function with one driver or none, never with a wrong one. Owner: one command. **Invariant:** a function
-//! that somebody uses is not touched; a change that fails is taken back.
+//! that somebody uses, or of which that cannot be told, is not touched; a change that fails is taken back.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use ringmill_drivers::vfio::is_vfio;
+
 use super::VFIO;
+use super::claim::claim;
+use super::tables::Tables;
 use super::tree::{Address, Function, Tree, text_of};
-use super::usage::{Tables, Use, claim};
 
 /// How long a driver may take to show up at a function after the probe was asked for: drivers that probe
 /// asynchronously, nvme among them, do so after the write has returned.
 pub(super) const PROBE_MAX: Duration = Duration::from_secs(5);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// Class and subclass of functions.
+const NVME: u32 = 0x0108;
+const AHCI: u32 = 0x0106;
 
 /// What sysfs does when it is written to. A seam: a test's kernel is a directory.
 pub(super) trait Kernel {
@@ -45,6 +52,8 @@ pub(super) struct Change {
     pub(super) from: Option<String>,
     /// The driver now.
     pub(super) to: String,
+    /// Processes that drive it already.
+    pub(super) driven_by: Vec<String>,
 }
 
 impl Change {
@@ -66,14 +75,25 @@ impl Binder<'_> {
     /// Whether vfio-pci can have this function; the reason if not. Changes nothing.
     pub(super) fn check_bind(&self, address: Address, tables: &Tables) -> Result<Function, String> {
         let function = self.found(address)?;
-        if !function.is_storage() {
+        if function.class >> 8 == AHCI {
             return Err(format!(
-                "{address} is {}, which ringmill cannot drive; `ringmillctl pci list` shows NVMe and AHCI controllers",
+                "{address} is {}, and ringmill has no driver for these yet; leave it to the kernel, and show guests \
+                 its disks with `ringmillctl disk add NAME --file /dev/…`",
                 with_article(super::names::class_name(function.class))
             ));
         }
-        if function.driver.as_deref() == Some(VFIO) {
+        if function.class >> 8 != NVME {
+            return Err(format!(
+                "{address} is {}, which ringmill cannot drive; `ringmillctl pci list` shows NVMe controllers",
+                with_article(super::names::class_name(function.class))
+            ));
+        }
+        if function.is_with_vfio() {
             return Ok(function);
+        }
+        // Of another driver's users nothing here would know: uio's or Xen's are in no table.
+        if let Some(driver) = function.driver.as_deref().filter(|driver| *driver != "nvme") {
+            return Err(format!("{address}: driver {driver} has it; release it there"));
         }
         if !self.tree.driver_dir(VFIO).exists() {
             return Err("the driver vfio-pci is not loaded; `modprobe vfio-pci`".to_owned());
@@ -81,7 +101,7 @@ impl Binder<'_> {
         if function.group.is_none() {
             return Err(format!("{address} has no IOMMU group: {}", self.iommu_advice()));
         }
-        self.check_use(&tables.uses(self.tree, &function), address)?;
+        self.check_use(&function, tables)?;
         Ok(function)
     }
 
@@ -93,8 +113,8 @@ impl Binder<'_> {
     ) -> Result<Function, String> {
         let function = self.found(address)?;
         // With another driver there is nothing to do; whoever uses the disk does so through that one.
-        if function.driver.as_deref() == Some(VFIO) {
-            self.check_use(&tables.uses(self.tree, &function), address)?;
+        if function.is_with_vfio() {
+            self.check_use(&function, tables)?;
         }
         Ok(function)
     }
@@ -107,10 +127,14 @@ impl Binder<'_> {
         })
     }
 
-    fn check_use(&self, uses: &[Use], address: Address) -> Result<(), String> {
-        match uses.first() {
+    fn check_use(&self, function: &Function, tables: &Tables) -> Result<(), String> {
+        let address = function.address;
+        if let Some(first) = tables.uses(self.tree, function).first() {
+            return Err(format!("{address} is in use: {}", first.sentence()));
+        }
+        match tables.blind_spot(self.tree) {
             None => Ok(()),
-            Some(first) => Err(format!("{address} is in use: {}", first.sentence())),
+            Some(reason) => Err(format!("nobody knows whether {address} is in use: {reason}")),
         }
     }
 
@@ -132,18 +156,25 @@ impl Binder<'_> {
     /// Gives a checked function to vfio-pci.
     pub(super) fn bind(&self, function: &Function) -> Result<Change, String> {
         let address = function.address;
-        let from = function.driver.clone();
-        let change = |to: String| Change { address, from: from.clone(), to };
-        if from.as_deref() == Some(VFIO) {
-            return Ok(change(VFIO.to_owned()));
+        if let Some(driver) = function.driver.clone().filter(|driver| is_vfio(driver)) {
+            let driven_by = Tables::read(self.tree).vfio_processes(self.tree, function);
+            return Ok(Change { address, from: Some(driver.clone()), to: driver, driven_by });
         }
         // Held until the kernel's driver has let go: nobody can mount it in between.
-        let held: Vec<File> = claim(self.tree, function)
-            .map_err(|one| format!("{address} is in use: {}", one.sentence()))?;
+        let held = claim(self.tree, function)?;
+        // Users that claim nothing may have come since the first look, which for the last of many addresses, or after
+        // much was written out, is long ago.
+        let again = self.check_bind(address, &Tables::read(self.tree))?;
+        if again.driver != function.driver || self.tree.disks(address) != held.disks {
+            return Err(format!(
+                "{address} has another driver or other disks than a moment ago; try again"
+            ));
+        }
+        let from = again.driver;
         let done = self.hand_over(address, from.as_deref());
         drop(held);
         match done {
-            Ok(()) => Ok(change(VFIO.to_owned())),
+            Ok(()) => Ok(Change { address, from, to: VFIO.to_owned(), driven_by: Vec::new() }),
             Err(reason) => Err(self.roll_back(address, from.as_deref(), reason)),
         }
     }
@@ -190,9 +221,11 @@ impl Binder<'_> {
     /// Gives a checked function back to the kernel.
     pub(super) fn unbind(&self, function: &Function) -> Result<Change, String> {
         let address = function.address;
-        let from = function.driver.clone();
-        if let Some(to) = from.clone().filter(|driver| driver != VFIO) {
-            return Ok(Change { address, from, to });
+        // Anew for every address, as in `bind`.
+        let from = self.check_unbind(address, &Tables::read(self.tree))?.driver;
+        let driven_by = Vec::new();
+        if let Some(to) = from.clone().filter(|driver| !is_vfio(driver)) {
+            return Ok(Change { address, from, to, driven_by });
         }
         // Cleared first, so that vfio-pci does not get it back from the probe.
         self.set_override(address, "")?;
@@ -203,19 +236,19 @@ impl Binder<'_> {
         match self.wait_for(address, |driver| driver.is_some()) {
             Ok(()) => {}
             Err(_) => {
-                let module = if function.class >> 8 == 0x0108 { "nvme" } else { "ahci" };
+                let module = if function.class >> 8 == NVME { "nvme" } else { "ahci" };
                 return Err(format!(
                     "{address} is free, but no driver of the kernel took it; `modprobe {module}`, or look at `dmesg`"
                 ));
             }
         }
         let to = self.tree.driver(address).unwrap_or_default();
-        if to == VFIO {
+        if is_vfio(&to) {
             return Err(format!(
-                "{address} went back to vfio-pci, which has its id in new_id or is told so by its options; remove it there"
+                "{address} went back to {to}, which has its id in new_id or is told so by its options; remove it there"
             ));
         }
-        Ok(Change { address, from, to })
+        Ok(Change { address, from, to, driven_by })
     }
 
     fn write(&self, path: &Path, text: &str, what: &str) -> Result<(), String> {

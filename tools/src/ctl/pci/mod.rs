@@ -4,7 +4,11 @@
 //! **Invariant:** nothing is changed before everything that was named has been checked.
 
 mod bind;
+mod claim;
 mod names;
+mod nodes;
+mod processes;
+mod tables;
 #[cfg(test)]
 mod tests;
 mod tree;
@@ -14,11 +18,13 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use ringmill_drivers::vfio::is_vfio;
 use serde_json::{Value, json};
 
 use self::bind::{Binder, Change, PROBE_MAX, Sysfs};
+use self::tables::Tables;
 use self::tree::{Address, Function, Tree};
-use self::usage::{Tables, Use};
+use self::usage::Use;
 use super::{CtlError, plain_table};
 use crate::config::size;
 
@@ -46,11 +52,12 @@ enum PciCommand {
         #[arg(long)]
         all: bool,
     },
-    /// Take controllers from the kernel and give them to vfio-pci, for ringmilld to drive
+    /// Take NVMe controllers from the kernel and give them to vfio-pci, for ringmilld to drive
     #[command(after_help = "Example: ringmillctl pci bind 0000:01:00.0
 
-Refused while anything uses a disk of the controller: a mount, swap, LVM, RAID, ZFS, a process. The kernel forgets it at
-the next boot; bind again then, before ringmilld starts.")]
+Refused while anything uses a disk of the controller (a mount, swap, LVM, RAID, ZFS, a loop device, an export, a process),
+and where that cannot be seen, as in a container. AHCI controllers stay with the kernel: ringmill has no driver for them
+yet. The kernel forgets a binding at the next boot; bind again then, before ringmilld starts.")]
     Bind {
         /// Addresses, as 0000:01:00.0 or 01:00.0
         #[arg(required = true, value_name = "ADDRESS")]
@@ -106,7 +113,7 @@ fn list(tree: &Tree, all: bool, out: &mut dyn Write, json: bool) -> Result<(), C
         .map(|function| {
             let mut uses = tables.uses(tree, &function);
             if uses.is_empty() && function.is_storage() {
-                uses.extend(usage::zfs_use(tree, &function));
+                uses.extend(claim::zfs_use(tree, &function));
             }
             (function, uses)
         })
@@ -259,6 +266,7 @@ fn report(
                     "from": change.from,
                     "to": change.to,
                     "note": note,
+                    "driven_by": change.driven_by,
                 })
             })
             .collect();
@@ -267,7 +275,9 @@ fn report(
     for (change, note) in done.iter().zip(notes) {
         let before = change.from.as_deref().map_or("no driver".to_owned(), |from| from.to_owned());
         if change.is_none() {
-            writeln!(out, "{} is with {} already", change.address, change.to)?;
+            let by = change.driven_by.join(", ");
+            let by = if by.is_empty() { by } else { format!(", and driven by {by}") };
+            writeln!(out, "{} is with {} already{by}", change.address, change.to)?;
         } else {
             writeln!(out, "{}: {before} -> {}", change.address, change.to)?;
         }
@@ -288,7 +298,7 @@ fn group_note(tree: &Tree, address: Address) -> Option<String> {
         .filter_map(|other| Some((other.address, other.class, other.driver?)))
         // Bridges with the port driver are no obstacle.
         .filter(|(_, class, driver)| {
-            class >> 8 != 0x0604 && driver != VFIO && driver != "pci-stub" && driver != "pcieport"
+            class >> 8 != 0x0604 && !is_vfio(driver) && driver != "pci-stub" && driver != "pcieport"
         })
         .map(|(address, class, driver)| {
             format!("{address} ({}, driver {driver})", names::class_name(class))

@@ -7,6 +7,10 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::nodes::{Node, Nodes, RealNodes, parse_number};
+
+use ringmill_drivers::vfio::is_vfio;
+
 pub(super) use crate::rpc::pci_address::PciAddress as Address;
 
 /// A PCI function.
@@ -30,7 +34,12 @@ pub(super) struct Function {
 }
 
 impl Function {
-    /// A controller of the kinds that ringmill has to do with.
+    /// vfio-pci or one of its kind has it.
+    pub(super) fn is_with_vfio(&self) -> bool {
+        self.driver.as_deref().is_some_and(is_vfio)
+    }
+
+    /// A controller of the kinds that are worth a look.
     pub(super) fn is_storage(&self) -> bool {
         matches!(self.class >> 8, 0x0108 | 0x0106)
     }
@@ -40,6 +49,7 @@ impl Function {
 #[derive(Clone, Debug)]
 pub(super) struct Tree {
     root: PathBuf,
+    nodes: &'static dyn Nodes,
 }
 
 /// The trimmed text of a small file.
@@ -68,7 +78,17 @@ pub(super) fn names_in(path: &Path) -> Vec<String> {
 
 impl Tree {
     pub(super) fn new(root: &Path) -> Tree {
-        Tree { root: root.to_owned() }
+        Tree { root: root.to_owned(), nodes: &RealNodes }
+    }
+
+    /// A tree whose device nodes are not the kernel's.
+    #[cfg(test)]
+    pub(super) fn with_nodes(root: &Path, nodes: &'static dyn Nodes) -> Tree {
+        Tree { root: root.to_owned(), nodes }
+    }
+
+    pub(super) fn nodes(&self) -> &'static dyn Nodes {
+        self.nodes
     }
 
     /// The machine's own, not a test's.
@@ -165,6 +185,65 @@ impl Tree {
         disks
     }
 
+    /// The block device of this name.
+    pub(super) fn block_node(&self, name: &str) -> Option<Node> {
+        let number = text_of(&self.sys("class/block").join(name).join("dev"))?;
+        Some(Node::Block(parse_number(&number)?))
+    }
+
+    /// The character devices through which a function is spoken to beside its disks: the controller itself, and each
+    /// namespace for passed-through commands.
+    pub(super) fn characters(&self, address: Address) -> Vec<(String, Node)> {
+        let controllers = self.function_dir(address).join("nvme");
+        let mut dirs = Vec::new();
+        for controller in names_in(&controllers) {
+            let dir = controllers.join(&controller);
+            let generic = names_in(&dir).into_iter().filter(|name| name.starts_with("ng"));
+            dirs.extend(generic.map(|name| (dir.join(&name), name)));
+            dirs.push((dir, controller));
+        }
+        // With native multipath they hang on the subsystem, as the disks do.
+        for disk in self.disks(address) {
+            if let Some(name) = disk.strip_prefix("nvme").map(|rest| format!("ng{rest}")) {
+                dirs.push((self.sys("class/nvme-generic").join(&name), name));
+            }
+        }
+        dirs.into_iter().filter_map(|(dir, name)| Some((name, character_in(&dir)?))).collect()
+    }
+
+    /// The files in /dev/vfio that mean this function or its group, with their nodes as far as sysfs tells them.
+    pub(super) fn vfio_files(&self, function: &Function) -> Vec<(String, Option<Node>)> {
+        let devices = self.function_dir(function.address).join("vfio-dev");
+        let mut files: Vec<_> = names_in(&devices)
+            .into_iter()
+            .map(|name| (format!("/dev/vfio/devices/{name}"), character_in(&devices.join(name))))
+            .collect();
+        if let Some(group) = function.group {
+            for name in [group.to_string(), format!("noiommu-{group}")] {
+                let node = character_in(&self.sys("class/vfio").join(&name));
+                files.push((format!("/dev/vfio/{name}"), node));
+            }
+        }
+        files
+    }
+
+    /// The device that a path of one of the kernel's tables means.
+    pub(super) fn node_behind(&self, source: &str) -> Option<Node> {
+        if !source.starts_with('/') {
+            return None;
+        }
+        let path = self.absolute(source);
+        if let Ok(Some(node)) = self.nodes.at(&path) {
+            return Some(node);
+        }
+        // The node may be gone: links of udev lead to the kernel's name.
+        let path = fs::canonicalize(&path).unwrap_or(path);
+        let name = path.file_name()?.to_str()?;
+        self.block_node(name)
+            .or_else(|| character_in(&self.sys("class/nvme").join(name)))
+            .or_else(|| character_in(&self.sys("class/nvme-generic").join(name)))
+    }
+
     /// A disk's partitions.
     pub(super) fn partitions(&self, disk: &str) -> Vec<String> {
         let dir = self.sys("block").join(disk);
@@ -177,6 +256,11 @@ impl Tree {
         let sectors = text_of(&self.sys("block").join(disk).join("size"));
         sectors.and_then(|text| text.parse::<u64>().ok()).unwrap_or(0).saturating_mul(512)
     }
+}
+
+/// The character device whose directory in sysfs this is.
+fn character_in(dir: &Path) -> Option<Node> {
+    Some(Node::Character(parse_number(&text_of(&dir.join("dev"))?)?))
 }
 
 /// `nvme0n1` for `nvme0c1n1`: the disk of all paths for that of one.

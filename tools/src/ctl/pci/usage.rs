@@ -1,22 +1,4 @@
-//! Who uses a PCI function: mounts, swap, RAID, LVM and the like, and processes that have it open.
-//!
-//! In: the kernel's tables, read once per command. Out: [`Use`]s, each with what to do about it. Owner: one command.
-//! **Invariant:** a table that cannot be read counts as empty here; the exclusive open in [`claim`] is the guard behind
-//! all of this, which only has the better words, and what it opened is held until the kernel's driver is gone.
-
-use std::collections::BTreeSet;
-use std::fs::{self, File, OpenOptions};
-use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::Path;
-
-use super::tree::{Function, Tree, names_in, text_of};
-
-/// Holders above holders above a disk are followed so far: LVM over crypt over RAID is three.
-const HOLDERS_DEPTH_MAX: usize = 16;
-
-/// Major and minor number.
-type DeviceNumber = (u32, u32);
+//! Why a PCI function is to be left alone, and what to do about it, in words.
 
 /// One reason to leave a function alone. In the order in which they matter.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -31,6 +13,8 @@ pub(super) enum Use {
     Held { disk: String, holder: String, kind: Holder },
     /// A file system over several disks is mounted, of which this is one.
     Btrfs { disk: String, uuid: String },
+    /// A part of the kernel uses it without having claimed it.
+    Backing { disk: String, by: Backer },
     /// Processes drive it through VFIO.
     Driven { process: String },
     /// A process has it open.
@@ -58,6 +42,19 @@ pub(super) enum Holder {
     Other,
 }
 
+/// A part of the kernel that opens disks without claiming them, so that an exclusive open does not meet it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Backer {
+    /// A loop device.
+    Loop(String),
+    /// A namespace of an NVMe target.
+    NvmetNamespace { subsystem: String, namespace: String },
+    /// A subsystem of an NVMe target that passes commands through.
+    NvmetPassthru(String),
+    /// A backstore of the SCSI target.
+    ScsiTarget(String),
+}
+
 impl Use {
     /// A few words for a table.
     pub(super) fn short(&self) -> String {
@@ -74,6 +71,12 @@ impl Use {
                 Holder::Other => format!("held by {holder}"),
             },
             Use::Btrfs { .. } => "part of a mounted btrfs".to_owned(),
+            Use::Backing { by: Backer::Loop(name), .. } => name.clone(),
+            Use::Backing { by: Backer::ScsiTarget(name), .. } => format!("SCSI target {name}"),
+            Use::Backing {
+                by: Backer::NvmetNamespace { subsystem, .. } | Backer::NvmetPassthru(subsystem),
+                ..
+            } => format!("NVMe target {subsystem}"),
             Use::Driven { process } | Use::Open { process, .. } => process.clone(),
             Use::Exclusive { is_zfs_there: true, .. } => "in use, probably by ZFS".to_owned(),
             Use::Exclusive { is_zfs_there: false, .. } => "in use".to_owned(),
@@ -111,6 +114,20 @@ impl Use {
             Use::Btrfs { disk, uuid } => format!(
                 "{disk} belongs to the mounted btrfs {uuid}; unmount it, or `btrfs device remove` it first"
             ),
+            Use::Backing { disk, by } => match by {
+                Backer::Loop(name) => {
+                    format!("/dev/{name} is made of {disk}; `losetup -d /dev/{name}` first")
+                }
+                Backer::NvmetNamespace { subsystem, namespace } => format!(
+                    "the kernel's NVMe target exports {disk} as namespace {namespace} of {subsystem}; disable that first"
+                ),
+                Backer::NvmetPassthru(subsystem) => format!(
+                    "the kernel's NVMe target passes {disk} through as {subsystem}; disable that first"
+                ),
+                Backer::ScsiTarget(name) => format!(
+                    "the kernel's SCSI target exports {disk} as {name}; `targetcli` removes it"
+                ),
+            },
             Use::Driven { process } => format!(
                 "{process} drives it; detach it there first (`ringmillctl nvme detach NAME` for ringmilld)"
             ),
@@ -128,262 +145,9 @@ impl Use {
     }
 }
 
-/// The kernel's tables.
-#[derive(Debug, Default)]
-pub(super) struct Tables {
-    /// Device number, if it means one; source; where.
-    mounts: Vec<(Option<DeviceNumber>, String, String)>,
-    swaps: Vec<String>,
-    /// Paths below /dev that processes have open.
-    open: Vec<(String, String)>,
-    btrfs: Vec<(String, String)>,
-}
-
-impl Tables {
-    pub(super) fn read(tree: &Tree) -> Tables {
-        let text = |path: &str| fs::read_to_string(tree.proc(path)).unwrap_or_default();
-        let swaps = text("swaps");
-        let btrfs = names_in(&tree.sys("fs/btrfs")).into_iter().flat_map(|uuid| {
-            let disks = names_in(&tree.sys("fs/btrfs").join(&uuid).join("devices"));
-            disks.into_iter().map(move |disk| (disk, uuid.clone()))
-        });
-        Tables {
-            mounts: text("self/mountinfo").lines().filter_map(mount).collect(),
-            swaps: swaps
-                .lines()
-                .skip(1)
-                .filter_map(|line| line.split_whitespace().next())
-                .map(unescape)
-                .collect(),
-            open: open_files(tree),
-            btrfs: btrfs.collect(),
-        }
-    }
-
-    /// All reasons to leave `function` alone that can be had by looking.
-    pub(super) fn uses(&self, tree: &Tree, function: &Function) -> Vec<Use> {
-        let mut uses = BTreeSet::new();
-        if function.virtual_functions_count > 0 {
-            let count = function.virtual_functions_count;
-            uses.insert(Use::VirtualFunctions { count });
-        }
-        if function.driver.as_deref() == Some(super::VFIO) {
-            for process in self.vfio_processes(tree, function) {
-                uses.insert(Use::Driven { process });
-            }
-        }
-        for disk in tree.disks(function.address) {
-            let mut nodes = tree.partitions(&disk);
-            nodes.push(disk.clone());
-            for node in &nodes {
-                self.node_uses(tree, &disk, node, 0, &mut uses);
-            }
-        }
-        uses.into_iter().collect()
-    }
-
-    /// The uses of one block device and of what is made of it.
-    fn node_uses(
-        &self,
-        tree: &Tree,
-        disk: &str,
-        node: &str,
-        depth: usize,
-        uses: &mut BTreeSet<Use>,
-    ) {
-        let dir = tree.sys("class/block").join(node);
-        let number = text_of(&dir.join("dev")).as_deref().and_then(parse_number);
-        let is_it = |source: &str| number.is_some() && number_behind(tree, source) == number;
-        let called = match text_of(&dir.join("dm/name")) {
-            Some(name) => format!("{name} on {disk}"),
-            None if depth > 0 => format!("{node} on {disk}"),
-            None => node.to_owned(),
-        };
-        for (mounted, source, at) in &self.mounts {
-            if (number.is_some() && *mounted == number) || is_it(source) {
-                uses.insert(match at.as_str() {
-                    "/" => Use::Root { disk: disk.to_owned() },
-                    _ => Use::Mounted { on: called.clone(), at: at.clone() },
-                });
-            }
-        }
-        if self.swaps.iter().any(|path| is_it(path)) {
-            uses.insert(Use::Swap { node: node.to_owned(), on: called.clone() });
-        }
-        if let Some((_, uuid)) = self.btrfs.iter().find(|(member, _)| member == node) {
-            uses.insert(Use::Btrfs { disk: called, uuid: uuid.clone() });
-        }
-        for (path, process) in &self.open {
-            if path.strip_prefix("/dev/") == Some(node) {
-                let (disk, process) = (node.to_owned(), process.clone());
-                uses.insert(Use::Open { disk, process });
-            }
-        }
-        if depth == HOLDERS_DEPTH_MAX {
-            return;
-        }
-        for holder in names_in(&dir.join("holders")) {
-            let kind = holder_kind(&tree.sys("class/block").join(&holder));
-            uses.insert(Use::Held { disk: node.to_owned(), holder: holder.clone(), kind });
-            self.node_uses(tree, disk, &holder, depth + 1, uses);
-        }
-    }
-
-    /// Who has the function's VFIO group or device open.
-    fn vfio_processes(&self, tree: &Tree, function: &Function) -> Vec<String> {
-        let mut paths: Vec<String> =
-            names_in(&tree.function_dir(function.address).join("vfio-dev"))
-                .into_iter()
-                .map(|name| format!("/dev/vfio/devices/{name}"))
-                .collect();
-        if let Some(group) = function.group {
-            paths.extend([format!("/dev/vfio/{group}"), format!("/dev/vfio/noiommu-{group}")]);
-        }
-        let has = |(path, _): &&(String, String)| paths.contains(path);
-        self.open.iter().filter(has).map(|(_, process)| process.clone()).collect()
-    }
-}
-
-fn holder_kind(dir: &Path) -> Holder {
-    if dir.join("md").exists() {
-        return Holder::Raid;
-    }
-    let Some(name) = text_of(&dir.join("dm/name")) else { return Holder::Other };
-    let uuid = text_of(&dir.join("dm/uuid")).unwrap_or_default();
-    match uuid.split('-').next() {
-        Some("LVM") => Holder::Lvm(name),
-        Some("CRYPT") => Holder::Crypt(name),
-        Some("mpath") => Holder::Multipath(name),
-        _ => Holder::Mapper(name),
-    }
-}
-
-/// One line of mountinfo (proc(5)).
-fn mount(line: &str) -> Option<(Option<DeviceNumber>, String, String)> {
-    let mut fields = line.split(' ');
-    let number = parse_number(fields.nth(2)?);
-    let point = unescape(fields.nth(1)?);
-    let source = line.split_once(" - ").and_then(|(_, tail)| tail.split(' ').nth(1));
-    Some((number, unescape(source.unwrap_or_default()), point))
-}
-
-fn parse_number(text: &str) -> Option<DeviceNumber> {
-    let (major, minor) = text.trim().split_once(':')?;
-    Some((major.parse().ok()?, minor.parse().ok()?))
-}
-
-/// The number of the block device that a path of one of the tables means.
-fn number_behind(tree: &Tree, source: &str) -> Option<DeviceNumber> {
-    if !source.starts_with('/') {
-        return None;
-    }
-    let path = tree.absolute(source);
-    if let Ok(meta) = fs::metadata(&path)
-        && meta.file_type().is_block_device()
-    {
-        return Some((libc::major(meta.rdev()), libc::minor(meta.rdev())));
-    }
-    // The node may be gone, or be of a tree that has none: links of udev lead to the kernel's name.
-    let path = fs::canonicalize(&path).unwrap_or(path);
-    let name = path.file_name()?.to_str()?;
-    parse_number(&text_of(&tree.sys("class/block").join(name).join("dev"))?)
-}
-
-/// Undoes the octal escapes of the kernel's tables.
-fn unescape(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&first, tail)) = rest.split_first() {
-        let digits = tail.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
-        match digits.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-            Some(byte) if first == b'\\' => {
-                bytes.push(byte);
-                rest = &tail[3..];
-            }
-            _ => {
-                bytes.push(first);
-                rest = tail;
-            }
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
-}
-
-/// Everything below /dev that processes have open, with who it is. Without privileges only the user's own.
-fn open_files(tree: &Tree) -> Vec<(String, String)> {
-    let own = std::process::id().to_string();
-    let is_process = |name: &String| name.bytes().all(|b| b.is_ascii_digit()) && *name != own;
-    let mut open = Vec::new();
-    for pid in names_in(&tree.proc("")).into_iter().filter(is_process) {
-        let dir = tree.proc(&pid);
-        for fd in fs::read_dir(dir.join("fd")).into_iter().flatten().flatten() {
-            let Ok(target) = fs::read_link(fd.path()) else { continue };
-            let Some(path) = target.to_str().filter(|path| path.starts_with("/dev/")) else {
-                continue;
-            };
-            let comm = text_of(&dir.join("comm")).unwrap_or_else(|| "a process".to_owned());
-            let process = format!("{comm} (process {pid})");
-            let entry = (path.to_owned(), process);
-            if !open.contains(&entry) && !path.starts_with("/dev/pts/") && path != "/dev/null" {
-                open.push(entry);
-            }
-        }
-    }
-    open
-}
-
-/// Opens all disks of a function exclusively, so that nobody else begins to use them, and writes out what the page cache has
-/// of them. The files are to be held until the kernel's driver is gone.
-///
-/// # Errors
-/// Who is in the way.
-pub(super) fn claim(tree: &Tree, function: &Function) -> Result<Vec<File>, Use> {
-    let mut held = Vec::new();
-    for disk in tree.disks(function.address) {
-        match open_exclusively(&tree.absolute("dev").join(&disk)) {
-            Ok(file) => {
-                // A medium that cannot be written fails here; unbinding does not make that worse.
-                let _ = file.sync_all();
-                held.push(file);
-            }
-            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
-                return Err(Use::Exclusive { disk, is_zfs_there: is_zfs_there(tree) });
-            }
-            // No node, no medium: nobody can have it open through this node.
-            Err(_) => {}
-        }
-    }
-    Ok(held)
-}
-
-/// The same as a question only, for tables. Asked only where nothing else would tell of a ZFS pool, because for an instant
-/// it keeps others from using the disk.
-pub(super) fn zfs_use(tree: &Tree, function: &Function) -> Option<Use> {
-    is_zfs_there(tree).then(|| claim(tree, function).err()).flatten()
-}
-
-fn is_zfs_there(tree: &Tree) -> bool {
-    tree.proc("spl").exists()
-}
-
-fn open_exclusively(path: &Path) -> io::Result<File> {
-    // Without O_CREAT, O_EXCL means for block devices: fail where somebody else has claimed it.
-    OpenOptions::new().read(true).custom_flags(libc::O_EXCL | libc::O_NONBLOCK).open(path)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn odd_tables_are_survived() {
-        assert_eq!(mount(""), None);
-        assert_eq!(mount("1 2 x:y /"), None);
-        let odd = mount("1 2 x:y / /a\\040b");
-        assert_eq!(odd, Some((None, String::new(), "/a b".to_owned())));
-        assert_eq!(unescape("\\04"), "\\04");
-        assert_eq!(unescape("a\\134b\\999"), "a\\b\\999");
-    }
 
     #[test]
     fn every_use_says_what_to_do() {
@@ -402,6 +166,19 @@ mod tests {
             held(Holder::Other),
             Use::Btrfs { disk: disk(), uuid: "1-2".to_owned() },
             Use::Driven { process: "ringmilld (process 7)".to_owned() },
+            Use::Backing { disk: disk(), by: Backer::Loop("loop3".to_owned()) },
+            Use::Backing {
+                disk: disk(),
+                by: Backer::NvmetNamespace {
+                    subsystem: "nqn.a".to_owned(),
+                    namespace: "1".to_owned(),
+                },
+            },
+            Use::Backing {
+                disk: "nvme0".to_owned(),
+                by: Backer::NvmetPassthru("nqn.b".to_owned()),
+            },
+            Use::Backing { disk: disk(), by: Backer::ScsiTarget("iblock_0/a".to_owned()) },
             Use::Open { disk: disk(), process: "fio (process 7)".to_owned() },
             Use::Exclusive { disk: disk(), is_zfs_there: true },
             Use::Exclusive { disk: disk(), is_zfs_there: false },

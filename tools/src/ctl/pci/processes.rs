@@ -1,0 +1,99 @@
+//! Devices that processes have open.
+//!
+//! In: /proc/PID/fd. Out: [`OpenDevices`]. **Invariant:** a device is told by what the descriptor *is*; the name that its
+//! link has counts only where that cannot be asked.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use super::nodes::Node;
+use super::tree::{Tree, names_in, text_of};
+
+/// How a descriptor's device is known.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Known {
+    Node(Node),
+    /// It could not be asked: the path of its link.
+    Path(String),
+}
+
+/// Which devices which processes have open, without this one.
+#[derive(Debug, Default)]
+pub(super) struct OpenDevices {
+    /// With who has it: name and process id.
+    entries: BTreeSet<(Known, String)>,
+    /// A process of which that could not be found out, with the reason. Without privileges there are many.
+    pub(super) unseen: Option<String>,
+}
+
+impl OpenDevices {
+    pub(super) fn read(tree: &Tree) -> OpenDevices {
+        let mut open = OpenDevices::default();
+        let all = tree.proc("");
+        if let Err(error) = fs::read_dir(&all) {
+            open.unseen = Some(format!("processes there are ({error})"));
+        }
+        // As this procfs numbers it, which may be another namespace's.
+        let own = fs::read_link(tree.proc("self"))
+            .ok()
+            .and_then(|link| Some(link.file_name()?.to_str()?.to_owned()))
+            .unwrap_or_else(|| std::process::id().to_string());
+        let is_process = |name: &String| name.bytes().all(|b| b.is_ascii_digit()) && *name != own;
+        for pid in names_in(&all).into_iter().filter(is_process) {
+            if let Err(error) = open.read_process(tree, &pid)
+                && !is_gone(&error)
+            {
+                let process = called(tree, &pid);
+                open.unseen.get_or_insert_with(|| format!("{process} has open ({error})"));
+            }
+        }
+        open
+    }
+
+    fn read_process(&mut self, tree: &Tree, pid: &str) -> io::Result<()> {
+        for fd in fs::read_dir(tree.proc(pid).join("fd"))? {
+            let Some(known) = known(tree, &fd?.path())? else { continue };
+            self.entries.insert((known, called(tree, pid)));
+        }
+        Ok(())
+    }
+
+    /// Who has the device open that is `node`, or is called `path`.
+    pub(super) fn users<'a>(
+        &'a self,
+        path: &'a str,
+        node: Option<Node>,
+    ) -> impl Iterator<Item = &'a str> {
+        let is_it = move |known: &Known| match known {
+            Known::Node(found) => Some(*found) == node,
+            Known::Path(found) => found == path,
+        };
+        self.entries.iter().filter(move |(known, _)| is_it(known)).map(|(_, who)| who.as_str())
+    }
+}
+
+/// What a descriptor is; `None`: no device, or it has been closed.
+fn known(tree: &Tree, fd: &Path) -> io::Result<Option<Known>> {
+    match tree.nodes().at(fd) {
+        Ok(node) => Ok(node.map(Known::Node)),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(error),
+        // A file system that does not answer, or a node that was removed and is open all the same.
+        Err(_) => {
+            let Ok(target) = fs::read_link(fd) else { return Ok(None) };
+            let path = target.to_str().filter(|path| path.starts_with("/dev/"));
+            Ok(path.map(|path| Known::Path(path.to_owned())))
+        }
+    }
+}
+
+/// The process ended while it was looked at.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
+}
+
+fn called(tree: &Tree, pid: &str) -> String {
+    let comm = text_of(&tree.proc(pid).join("comm")).unwrap_or_else(|| "a process".to_owned());
+    format!("{comm} (process {pid})")
+}
