@@ -109,6 +109,16 @@ fn has_bdev(daemon: &Daemon, name: &str) -> bool {
     all.as_array().expect("an array").iter().any(|bdev| bdev["name"] == name)
 }
 
+/// What clients' `save_config` makes of the RPC.
+fn saved(daemon: &Daemon) -> Value {
+    let subsystems = daemon.call("framework_get_subsystems", &json!({}));
+    let list = subsystems.as_array().expect("a list").iter().map(|entry| {
+        let name = &entry["subsystem"];
+        json!({"subsystem": name, "config": daemon.call("framework_get_config", &json!({"name": name}))})
+    });
+    json!({"subsystems": list.collect::<Vec<_>>()})
+}
+
 /// Two reactors that sleep after so many microseconds without work.
 fn two_reactors(spin_us: u32) -> Daemon {
     Daemon::with(["-m", "3", "--idle", "adaptive", "--spin-us", &spin_us.to_string()])
@@ -346,6 +356,8 @@ fn namespaces_come_go_and_grow_under_guests() {
     let blocks =
         || daemon.call("bdev_get_bdevs", &json!({"name": "Nvme0n1"}))[0]["num_blocks"].as_u64();
     assert!(wait_for(WAIT_MAX, || blocks() == Some(DISK_BYTES / 512 / 2)), "{:?}", blocks());
+    let told = || exercise.client.capacity_now().expect("a config");
+    assert!(wait_for(WAIT_MAX, || told() == DISK_BYTES / 2), "the guest is told {}", told());
     assert!(!exercise.succeeds(Op::Read, DISK_BYTES / 512 - 1, 1), "beyond the end");
     exercise.one(Op::Read, 0, 8);
 
@@ -424,6 +436,19 @@ fn a_configuration_file_attaches_and_shows_a_namespace() {
     let span = exercise.sectors_count();
     exercise.random_rounds(400, span, 64);
     exercise.verify();
+    device.assert_content();
+    let stamps = exercise.into_stamps();
+    let saved = saved(&daemon);
+    daemon.stop();
+
+    // What was saved loads as the same, with the same data.
+    let saved_file = dir.path().join("saved.json");
+    fs::write(&saved_file, saved.to_string()).expect("a file");
+    let daemon = Daemon::with(["-m", "3", "--config", saved_file.to_str().expect("UTF-8")]);
+    assert_eq!(shown(&daemon, "Nvme0")["io_queues"], 1);
+    assert_eq!(self::saved(&daemon), saved);
+    let client = connect(&daemon.socket("vm1"), 2, 32, SLOT_BYTES);
+    Exercise::with_stamps(client, 32, seed(0x00a7_7ac4), stamps).verify();
     device.assert_content();
     daemon.stop();
 

@@ -44,7 +44,18 @@ fn framework_methods_answer_as_documented() {
     assert!(message.contains("did you mean \"vhost_blk\"?"), "{message}");
     let reactors = client.call("framework_get_reactors", "{}");
     assert_eq!(reactors["tick_rate"], 2_500_000_000_u64);
-    let want = ["busy", "idle", "in_interrupt", "irq", "lcore", "lw_threads", "sys", "tid", "usr"];
+    let want = [
+        "bounces",
+        "busy",
+        "idle",
+        "in_interrupt",
+        "irq",
+        "lcore",
+        "lw_threads",
+        "sys",
+        "tid",
+        "usr",
+    ];
     assert_eq!(keys(&reactors["reactors"][0]), BTreeSet::from(want));
     let threads = client.call("thread_get_stats", "{}");
     assert_eq!(threads["threads"][0]["timed_pollers_count"], 1);

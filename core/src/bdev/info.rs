@@ -5,7 +5,7 @@
 
 use std::any::Any;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use thiserror::Error;
 use uuid::Uuid;
@@ -112,6 +112,7 @@ pub struct BdevInfo {
     product_name: &'static str,
     geometry: Geometry,
     blocks_count: AtomicU64,
+    fenced: AtomicBool,
 }
 
 impl BdevInfo {
@@ -132,6 +133,7 @@ impl BdevInfo {
             product_name,
             blocks_count: AtomicU64::new(geometry.blocks_count),
             geometry,
+            fenced: AtomicBool::new(false),
         })
     }
 
@@ -173,9 +175,25 @@ impl BdevInfo {
         self.blocks_count() * u64::from(self.geometry.block_bytes)
     }
 
-    /// Changes the size.
+    /// Changes the size; not of one that is fenced.
     pub fn set_blocks(&self, blocks_count: u64) {
-        self.blocks_count.store(blocks_count, Ordering::Relaxed);
+        self.blocks_count.store(blocks_count, Ordering::SeqCst);
+        if self.fenced.load(Ordering::SeqCst) {
+            self.blocks_count.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// What it stood for is gone or another thing: no request may reach it any more, for good.
+    pub fn fence(&self) {
+        self.fenced.store(true, Ordering::SeqCst);
+        self.blocks_count.store(0, Ordering::SeqCst);
+    }
+
+    /// True once it is fenced. Drivers that send requests again, or in parts, look before each of them.
+    #[inline]
+    #[must_use]
+    pub fn is_fenced(&self) -> bool {
+        self.fenced.load(Ordering::Relaxed)
     }
 }
 

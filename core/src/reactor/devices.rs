@@ -39,9 +39,12 @@ impl DeviceKey {
     }
 }
 
-/// Where a queue is among its reactor's.
+/// Where a queue is among its reactor's, and whose it is: a place whose queue was removed may have another device's by now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DeviceSlot(usize);
+pub struct DeviceSlot {
+    at: usize,
+    key: DeviceKey,
+}
 
 struct Entry {
     key: DeviceKey,
@@ -65,7 +68,7 @@ impl DeviceQueues {
     #[must_use]
     pub fn find(&self, key: DeviceKey) -> Option<DeviceSlot> {
         let is_it = |entry: &Option<Entry>| entry.as_ref().is_some_and(|entry| entry.key == key);
-        self.entries.iter().position(is_it).map(DeviceSlot)
+        self.entries.iter().position(is_it).map(|at| DeviceSlot { at, key })
     }
 
     /// Puts a queue in. One per device: callers `find` first.
@@ -77,21 +80,22 @@ impl DeviceQueues {
             self.entries.len() - 1
         });
         self.entries[at] = Some(Entry { key, queue });
-        DeviceSlot(at)
+        DeviceSlot { at, key }
     }
 
     /// Takes a queue out, to be dropped by a control thread.
     #[cold]
     pub fn remove(&mut self, key: DeviceKey) -> Option<Box<dyn DeviceQueue>> {
         let slot = self.find(key)?;
-        self.entries[slot.0].take().map(|entry| entry.queue)
+        self.entries[slot.at].take().map(|entry| entry.queue)
     }
 
-    /// The queue at `slot`; `None` when it was removed, or is of another type.
+    /// The queue of `slot`; `None` when it was removed, whatever is in its place now, or is of another type.
     #[inline]
     #[must_use]
     pub fn get<Q: DeviceQueue>(&self, slot: DeviceSlot) -> Option<&Q> {
-        let queue: &dyn Any = self.entries.get(slot.0)?.as_ref()?.queue.as_ref();
+        let entry = self.entries.get(slot.at)?.as_ref().filter(|entry| entry.key == slot.key)?;
+        let queue: &dyn Any = entry.queue.as_ref();
         queue.downcast_ref()
     }
 
@@ -99,7 +103,9 @@ impl DeviceQueues {
     #[inline]
     #[must_use]
     pub fn get_mut<Q: DeviceQueue>(&mut self, slot: DeviceSlot) -> Option<&mut Q> {
-        let queue: &mut dyn Any = self.entries.get_mut(slot.0)?.as_mut()?.queue.as_mut();
+        let entry =
+            self.entries.get_mut(slot.at)?.as_mut().filter(|entry| entry.key == slot.key)?;
+        let queue: &mut dyn Any = entry.queue.as_mut();
         queue.downcast_mut()
     }
 
@@ -128,5 +134,36 @@ impl DeviceQueues {
         for queue in self.all() {
             queue.wake(ring, now_ns);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Queue;
+
+    impl DeviceQueue for Queue {
+        fn commit(&mut self, _now_ns: u64) {}
+
+        fn prepare_sleep(&mut self, _ring: &mut Ring) -> bool {
+            false
+        }
+
+        fn wake(&mut self, _ring: &mut Ring, _now_ns: u64) {}
+    }
+
+    #[test]
+    fn a_place_that_is_used_again_is_not_the_one_that_was_removed() {
+        let mut queues = DeviceQueues::default();
+        let (one, other) = (DeviceKey::next(), DeviceKey::next());
+        let was = queues.insert(one, Box::new(Queue));
+        assert!(queues.get::<Queue>(was).is_some() && queues.find(one) == Some(was));
+        assert!(queues.remove(one).is_some());
+        assert!(queues.get::<Queue>(was).is_none());
+        let is = queues.insert(other, Box::new(Queue));
+        assert_eq!((is.at, is == was), (was.at, false));
+        assert!(queues.get::<Queue>(was).is_none() && queues.get_mut::<Queue>(was).is_none());
+        assert!(queues.get_mut::<Queue>(is).is_some());
     }
 }

@@ -230,8 +230,8 @@ pub mod event {
     pub const NOTICE: u8 = 2;
     /// Information of a notice: namespace attributes changed.
     pub const NOTICE_NAMESPACE: u8 = 0;
-    /// Bits of the feature: all health events.
-    pub const ENABLE_HEALTH: u32 = 0xff;
+    /// Bits of the feature: all health events; the upper two of the byte are reserved.
+    pub const ENABLE_HEALTH: u32 = 0x3f;
     /// Bit of the feature (and of OAES): namespace attribute notices.
     pub const ENABLE_NAMESPACE: u32 = 1 << 8;
     /// Bit of the feature (and of OAES): firmware activation notices.

@@ -5,7 +5,7 @@
 //! what is mapped for the device.
 
 use ringmill_core::reactor::Entropy;
-use ringmill_core::spec::nvme::reg;
+use ringmill_core::spec::nvme::{csts, reg};
 
 use super::machine::Machine;
 
@@ -40,9 +40,6 @@ pub enum Lie {
 
 const KINDS: usize = Lie::Config as usize + 1;
 
-/// Those that may make a driver believe that the device has stopped or forgotten a queue.
-const EXCUSES: [Lie; 3] = [Lie::Status, Lie::AdminAnswer, Lie::Invented];
-
 /// Where lies come from: the bytes given, then a generator seeded by them.
 #[derive(Debug)]
 pub(super) struct Lies {
@@ -54,11 +51,15 @@ pub(super) struct Lies {
     /// Chances in 256 that a block of data, a completion is changed.
     data: u64,
     completions: u64,
+    /// Chances in 4,096 that a completion of an admin command is.
+    answers: u64,
     /// Chances in 65,536 that an idle look posts something.
     idle: u64,
     /// It lies about these, a bit each.
     kinds: u64,
     told: [u64; KINDS],
+    /// It said that it had stopped, and had not.
+    feigned_stop: bool,
 }
 
 impl Lies {
@@ -73,18 +74,22 @@ impl Lies {
             registers: 0,
             data: 0,
             completions: 0,
+            answers: 0,
             idle: 0,
             kinds: u64::MAX,
             told: [0; KINDS],
+            feigned_stop: false,
         };
         lies.registers = lies.below(8);
         lies.data = lies.below(4) * 8;
         lies.completions = lies.below(BOLDNESS);
+        lies.answers = lies.completions;
         lies.idle = lies.below(64);
         // Some have one weakness, so that what comes of it is not hidden by others.
         if lies.below(4) == 0 {
             lies.kinds = 1 << lies.below(KINDS as u64);
-            (lies.registers, lies.data, lies.completions, lies.idle) = (16, 64, BOLDNESS, 256);
+            (lies.registers, lies.data, lies.idle) = (16, 64, 256);
+            (lies.completions, lies.answers) = (BOLDNESS, 256);
         }
         lies
     }
@@ -108,9 +113,10 @@ impl Lies {
         self.told[kind as usize]
     }
 
-    /// It may have made a driver believe that it had stopped, or forgotten a queue.
+    /// It may have made a driver believe that it had stopped, or forgotten a queue. Not an answer that did not come, nor a
+    /// fatal status: after them it may still write.
     pub(super) fn excuses(&self) -> bool {
-        EXCUSES.iter().any(|kind| self.told(*kind) > 0)
+        self.feigned_stop || self.told(Lie::AdminAnswer) + self.told(Lie::Invented) > 0
     }
 
     fn below(&mut self, bound: u64) -> u64 {
@@ -140,7 +146,12 @@ impl Lies {
             return value;
         }
         let kind = if offset_bytes == reg::CSTS { Lie::Status } else { Lie::Register };
-        if self.tells(kind) { self.twist(value) } else { value }
+        if !self.tells(kind) {
+            return value;
+        }
+        let told = self.twist(value);
+        self.feigned_stop |= kind == Lie::Status && value & !told & csts::RDY != 0;
+        told
     }
 
     /// Changes some words of identify data and logs.
@@ -161,7 +172,11 @@ impl Lies {
 
     /// The completions that take the place of a true one. Of admin commands fewer are changed.
     fn completions(&mut self, cq: u16, entry: [u32; 4]) -> (usize, [u32; 4], [u32; 4]) {
-        if self.below(if cq == 0 { 4096 } else { 256 }) >= self.completions {
+        let is_true = match cq {
+            0 => self.below(4096) >= self.answers,
+            _ => self.below(256) >= self.completions,
+        };
+        if is_true {
             return (1, entry, entry);
         }
         let mut other = entry;

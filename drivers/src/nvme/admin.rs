@@ -244,6 +244,10 @@ impl AdminQueue {
                 self.broken = true;
                 return Err(error);
             }
+            if let Err(error) = bar.check_wanted(start) {
+                self.broken = true;
+                return Err(error);
+            }
             if elapsed >= within {
                 self.broken = true;
                 return Err(NvmeError::TooSlow {

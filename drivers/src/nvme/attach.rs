@@ -17,6 +17,7 @@ use super::controller::Controller;
 use super::joint::{HomePair, Joint, Parts, Request};
 use super::namespaces::refresh;
 use super::pairs::{InterruptPlan, PairOrder, make_pair};
+use super::registers::WantedBack;
 use super::report::{ControllerInfo, ControllerState, Counters, Health};
 use super::thread::Keeper;
 use super::{Namespace, NvmeControl, NvmeError, NvmeEvents, NvmeOptions};
@@ -123,8 +124,17 @@ fn start<B: PciBacking>(
     for pair in &pairs {
         common.count_pair(&pair.shared);
     }
-    refresh(&mut controller, &common)?;
-    controller.watch_events()?;
+    // While nobody waits: with a slow device behind a socket each pool may take long.
+    let end = common.map_bounces().map_err(NvmeError::from);
+    let end = end.and_then(|()| refresh(&mut controller, &common).map(|_| ()));
+    if let Err(error) = end.and_then(|()| controller.watch_events()) {
+        // Before the memory is taken away that it may write to.
+        backing.close();
+        common.forget();
+        return Err(error);
+    }
+    let asked = Arc::clone(&common);
+    controller.bar.wanted_back = Some(WantedBack(Arc::new(move || asked.is_wanted_back())));
     let keeper = Keeper {
         controller,
         common: Arc::clone(&common),

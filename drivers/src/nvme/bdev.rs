@@ -21,8 +21,25 @@ use super::{NamespaceShape, NvmeError};
 use crate::GateChannel;
 use crate::pci::PciBacking;
 
-/// What SGLs demand of addresses and lengths here, and PRPs of the first address (Base 2.0 §4.1).
-const DWORD_BYTES: u32 = 4;
+/// What commands to a namespace must look like now.
+fn shape(
+    info: &Arc<BdevInfo>,
+    nsid: u32,
+    data: &NamespaceData,
+    (controller, limits): (&ControllerData, SetLimits),
+) -> NamespaceShape {
+    NamespaceShape {
+        info: Arc::clone(info),
+        nsid,
+        block_shift: data.block_bytes.trailing_zeros(),
+        transfer_bytes_max: controller.command_bytes_max(),
+        boundary_bytes: data.boundary_bytes(controller),
+        sgl: controller.sgl,
+        write_cache: controller.write_cache,
+        discard: controller.discard.then(|| limits.discard()),
+        write_zeroes: controller.write_zeroes.then(|| data.write_zeroes(controller, limits)),
+    }
+}
 
 /// A namespace.
 #[derive(Debug)]
@@ -56,36 +73,25 @@ impl<B: PciBacking> NvmeBdev<B> {
         };
         let uuid = Some(namespace.uuid);
         let info = Arc::new(BdevInfo::new(&namespace.bdev_name, uuid, "NVMe disk", geometry)?);
-        let shape = NamespaceShape {
-            info: Arc::clone(&info),
-            nsid: namespace.nsid,
-            block_shift: block_bytes.trailing_zeros(),
-            transfer_bytes_max: controller.command_bytes_max(),
-            boundary_bytes: data.boundary_bytes(controller),
-            sgl: controller.sgl,
-            write_cache: controller.write_cache,
-            discard: controller.discard.then(|| limits.discard()),
-            write_zeroes: controller.write_zeroes.then(|| data.write_zeroes(controller, limits)),
-        };
-        let rules = Alignment {
-            block_bytes,
-            address_bytes: DWORD_BYTES,
-            // With PRPs alone every end of a segment must be a place where a command can be cut.
-            segment_bytes: if controller.sgl { DWORD_BYTES } else { block_bytes },
-        };
+        let shape = shape(&info, namespace.nsid, data, (controller, limits));
         Ok(NvmeBdev {
             info,
+            rules: shape.alignment(),
             shape: Arc::new(shape),
-            rules,
             // Smaller blocks than a guest's sectors there are none, so no write is part of a block.
             locks: (block_bytes > SECTOR_BYTES).then(|| Arc::new(BlockLocks::default())),
             common: Arc::clone(common),
         })
     }
 
+    /// Whether commands that are made for it are still right, after a reset into another firmware, say.
+    pub(super) fn fits(&self, data: &NamespaceData, of: (&ControllerData, SetLimits)) -> bool {
+        self.shape.still_holds(&shape(&self.info, self.shape.nsid, data, of))
+    }
+
     /// No request reaches the device any more: the namespace is another one now, or none.
     pub(super) fn fence(&self) {
-        self.info.set_blocks(0);
+        self.info.fence();
     }
 
     /// The pair that a channel brings along, if its reactor does not have it yet.

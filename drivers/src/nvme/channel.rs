@@ -9,9 +9,10 @@
 
 use std::collections::VecDeque;
 use std::marker::PhantomData;
+use std::sync::Arc;
 
 use ringmill_core::IoStatus;
-use ringmill_core::bdev::{BdevError, Channel, ReadyQueue, Room};
+use ringmill_core::bdev::{BdevError, BdevInfo, Channel, ReadyQueue, Room};
 use ringmill_core::io::{BatchView, Completion, Completions, IoRequest, Slots, Tag};
 use ringmill_core::limits::{BATCH_REQUESTS_MAX, QUEUE_INFLIGHT_MAX};
 use ringmill_core::mem::{ListsHeld, Segment, SegmentLists};
@@ -31,6 +32,7 @@ use crate::pci::Registers;
 pub struct NvmeChannel<R> {
     pub(super) target: Target,
     slot: Option<DeviceSlot>,
+    pub(super) info: Arc<BdevInfo>,
     pub(super) member: Option<MemberId>,
     inflight: usize,
     pub(super) jobs: Slots<Job>,
@@ -62,6 +64,7 @@ impl<R: Registers> NvmeChannel<R> {
         NvmeChannel {
             target,
             slot: None,
+            info: Arc::clone(&shape.info),
             member: None,
             inflight: 0,
             jobs: Slots::new(jobs_max),
@@ -82,7 +85,7 @@ impl<R: Registers> NvmeChannel<R> {
     pub fn join(&mut self, io: &mut IoCx, slot: DeviceSlot) -> Result<(), BdevError> {
         let pair = io.devices.get_mut::<QueuePair<R>>(slot);
         let inbox = std::mem::take(&mut self.inbox);
-        self.member = pair.and_then(|pair| pair.slots.join(inbox));
+        self.member = pair.and_then(|pair| pair.slots.join(inbox, Arc::clone(&self.info)));
         self.slot = Some(slot);
         let refused = || BdevError::Refused {
             name: "nvme".to_owned(),
@@ -236,7 +239,12 @@ impl<R: Registers> Channel for NvmeChannel<R> {
             self.inflight += taken;
             return taken;
         };
-        if let State::Failed(status) = pair.state {
+        let refusal = match pair.state {
+            State::Failed(status) => Some(status),
+            // Also for the steps that `AlignChannel` makes of requests that came before.
+            _ => self.info.is_fenced().then_some(IoStatus::Gone),
+        };
+        if let Some(status) = refusal {
             let taken = self.refuse(batch, status);
             self.inflight += taken;
             return taken;
@@ -274,6 +282,8 @@ impl<R: Registers> Channel for NvmeChannel<R> {
             if !self.over.is_empty() || !self.waiting.is_empty() {
                 self.go_on(pair, lists);
             }
+        } else if self.jobs.live_count() > 0 {
+            self.end_jobs(lists, IoStatus::Gone);
         }
         if !self.ready.is_empty() {
             self.ready.drain_into(done);

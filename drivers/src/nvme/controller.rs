@@ -8,7 +8,7 @@
 //! NVMe Base 2.0 §3.5 (initialization), §3.6 (shutdown), §3.7 (reset).
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ringmill_core::spec::nvme::{cc, csts};
 
@@ -21,11 +21,15 @@ use super::registers::{Bar, Capabilities, doorbell_offset, enabled_configuration
 use super::{NvmeError, NvmeOptions};
 use crate::pci::{PciBacking, Registers};
 
-/// A shutdown flushes caches: it gets this long at least, and no more than that beyond what CAP.TO says.
-const SHUTDOWN_LEAST: Duration = Duration::from_secs(5);
+/// What of the time for a shutdown is kept for the stop after it.
+const STOP_LEAST: Duration = Duration::from_millis(500);
 
 /// How long a controller that could not be used is waited for, before it is closed in whatever state it is.
 const STOP_AFTER_FAILURE: Duration = Duration::from_secs(2);
+
+/// Class and revision in configuration space, and the class of NVMe I/O controllers (PCI Code and ID 1.11 §1.2).
+const CLASS_REVISION: u64 = 0x08;
+const NVME_CLASS: (u8, u8, u8) = (0x01, 0x08, 0x02);
 
 /// What CAP.CSS offers and CC.CSS chooses.
 const SETS_NVM: u8 = 1;
@@ -66,6 +70,7 @@ impl<B: PciBacking> Controller<B> {
         backing.config_read(0, &mut ids)?;
         let [v0, v1, d0, d1] = ids;
         let ids = (u16::from_le_bytes([v0, v1]), u16::from_le_bytes([d0, d1]));
+        check_class(&*backing)?;
         let quirks = Quirks::of(ids.0, ids.1);
         if quirks.has(Quirks::DELAY_BEFORE_INIT) {
             std::thread::sleep(INIT_DELAY);
@@ -167,12 +172,14 @@ impl<B: PciBacking> Controller<B> {
     }
 
     /// Tells it to make everything stable, then disables it. For a controller without commands.
-    pub(super) fn shut_down(&mut self) -> Result<(), NvmeError> {
+    /// All within `at_most`, and the time to stop.
+    pub(super) fn shut_down(&mut self, at_most: Duration) -> Result<(), NvmeError> {
+        let start = Instant::now();
         let configuration = self.bar.configuration()?;
         if configuration & cc::EN != 0 && self.bar.status()? & csts::CFS == 0 {
             self.bar.set_configuration(configuration & !cc::SHN_MASK | cc::SHN_NORMAL);
             if !self.quirks.has(Quirks::SHUTDOWN_SILENT) {
-                let within = self.ready_within().clamp(SHUTDOWN_LEAST, SHUTDOWN_LEAST * 2);
+                let within = at_most.saturating_sub(STOP_LEAST);
                 let words = ("finish its shutdown", "nothing is to be done; it is disabled now");
                 let done = csts::SHST_COMPLETE;
                 match self.bar.wait_status(csts::SHST_MASK, done, within, false, words) {
@@ -182,7 +189,7 @@ impl<B: PciBacking> Controller<B> {
                 }
             }
         }
-        self.disable(Duration::MAX)
+        self.disable(at_most.saturating_sub(start.elapsed()).max(STOP_LEAST))
     }
 }
 
@@ -190,6 +197,39 @@ impl<B: PciBacking> Controller<B> {
 impl<B: PciBacking> Drop for Controller<B> {
     fn drop(&mut self) {
         self.backing.close();
+    }
+}
+
+/// Before any register is touched: on another kind of device they mean something else.
+fn check_class<B: PciBacking>(backing: &B) -> Result<(), NvmeError> {
+    let mut class = [0; 4];
+    backing.config_read(CLASS_REVISION, &mut class)?;
+    let [_, interface, sub, base] = class;
+    let device = backing.name().to_owned();
+    match (base, sub, interface) {
+        NVME_CLASS => Ok(()),
+        (0xff, 0xff, 0xff) => Err(NvmeError::Gone { device }),
+        _ => Err(NvmeError::Refused {
+            device,
+            reason: format!(
+                "it is a {} (PCI class {base:02x}{sub:02x}{interface:02x}), not an NVMe controller; attach one of class 010802",
+                class_words(base, sub)
+            ),
+        }),
+    }
+}
+
+fn class_words(base: u8, sub: u8) -> &'static str {
+    match (base, sub) {
+        (0x01, 0x08) => "non-volatile memory controller of another kind",
+        (0x01, _) => "storage controller of another kind",
+        (0x02, _) => "network controller",
+        (0x03, _) => "display controller",
+        (0x04, _) => "multimedia device",
+        (0x06, _) => "bridge",
+        (0x0c, 0x03) => "USB controller",
+        (0x12, _) => "processing accelerator",
+        _ => "device of another kind",
     }
 }
 

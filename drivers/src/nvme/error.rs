@@ -42,6 +42,12 @@ pub enum NvmeError {
         /// The device.
         device: String,
     },
+    /// It is to be let go of at once, in the middle of something.
+    #[error("{device} is wanted back while it does not answer")]
+    Wanted {
+        /// The device.
+        device: String,
+    },
     /// It set its fatal status and says nothing more.
     #[error("{device} reports a fatal error (CSTS.CFS); reset it, or power it off and on")]
     Fatal {
@@ -97,12 +103,13 @@ pub enum NvmeError {
 }
 
 impl NvmeError {
-    /// True when there is nobody to talk to any more.
+    /// True when there is nobody to talk to any more, or nobody should.
     #[must_use]
     pub fn is_gone(&self) -> bool {
         matches!(
             self,
             NvmeError::Gone { .. }
+                | NvmeError::Wanted { .. }
                 | NvmeError::Pci(PciError::Gone { .. })
                 | NvmeError::Dma(DmaError::Gone { .. })
         )

@@ -257,6 +257,8 @@ pub(super) struct NamespaceData {
     optimal_write_blocks: Option<u32>,
     pub(super) read_only: bool,
     pub(super) identity: Identity,
+    /// Its list of descriptors was read, too.
+    pub(super) described: bool,
 }
 
 impl NamespaceData {
@@ -289,6 +291,7 @@ impl NamespaceData {
                 eui64: some_id(page.bytes::<8>(id_ns::EUI64)),
                 foreign_set: None,
             },
+            described: false,
         }
     }
 

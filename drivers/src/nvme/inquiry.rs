@@ -3,8 +3,12 @@
 //! Owner: the thread that attaches, then the controller's thread. **Invariant:** every list that a device sends is walked a
 //! bounded number of times, and a question that it refuses leaves the answer to an older one valid.
 
+use std::time::Duration;
+
 use ringmill_core::limits::NVME_NAMESPACES_MAX;
-use ringmill_core::spec::nvme::{IDENTIFY_BYTES, NSID_ALL, Sqe, admin, cns, event, feature, log};
+use ringmill_core::spec::nvme::{
+    IDENTIFY_BYTES, NSID_ALL, Sqe, Status, admin, cns, event, feature, log, status,
+};
 use ringmill_core::units::len_u32;
 
 use super::NvmeError;
@@ -18,6 +22,19 @@ use crate::pci::PciBacking;
 /// Bytes of a log page that is read for nothing but to clear its event.
 const LOG_PEEK_BYTES: usize = 512;
 
+/// How often a question is asked whose refusal may pass, and the pause between.
+const TRIES_MAX: usize = 4;
+const TRY_AGAIN_AFTER: Duration = Duration::from_millis(20);
+
+/// Whether a refusal means that the device does not know what it was asked, now or ever.
+fn is_unknown(answer: Status) -> bool {
+    answer.do_not_retry()
+        || matches!(
+            answer.kind(),
+            status::INVALID_OPCODE | status::INVALID_FIELD | status::INVALID_NAMESPACE
+        )
+}
+
 impl<B: PciBacking> Controller<B> {
     fn ask(&mut self, what: &'static str, cns: u32, nsid: u32) -> Result<Vec<u8>, NvmeError> {
         let mut entry = Sqe::new(admin::IDENTIFY, 0, nsid);
@@ -25,17 +42,25 @@ impl<B: PciBacking> Controller<B> {
         self.admin.read(&self.bar, entry, IDENTIFY_BYTES, what, self.timeout_admin)
     }
 
-    /// The same, where a refusal means that it does not know the question.
+    /// The same, where a refusal may mean that it does not know the question. One that may pass is asked about again.
     fn ask_if_known(
         &mut self,
         what: &'static str,
         cns: u32,
         nsid: u32,
     ) -> Result<Option<Vec<u8>>, NvmeError> {
-        match self.ask(what, cns, nsid) {
-            Ok(page) => Ok(Some(page)),
-            Err(error) if refused_with(&error).is_some() => Ok(None),
-            Err(error) => Err(error),
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let error = match self.ask(what, cns, nsid) {
+                Ok(page) => return Ok(Some(page)),
+                Err(error) => error,
+            };
+            match refused_with(&error) {
+                Some(status) if is_unknown(status) => return Ok(None),
+                Some(_) if tries < TRIES_MAX => std::thread::sleep(TRY_AGAIN_AFTER),
+                _ => return Err(error),
+            }
         }
     }
 
@@ -111,6 +136,7 @@ impl<B: PciBacking> Controller<B> {
                 let what = "identify namespace descriptors";
                 if let Some(list) = self.ask_if_known(what, cns::NAMESPACE_DESCRIPTORS, nsid)? {
                     data.identity.read_descriptors(&list);
+                    data.described = true;
                 }
             }
             found.push((nsid, data));

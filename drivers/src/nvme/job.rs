@@ -109,7 +109,11 @@ impl<R: Registers> NvmeChannel<R> {
             && let Some(tag) = self.waiting.pop_front()
         {
             let Some(job) = self.jobs.get_mut(tag) else { continue };
-            if let State::Failed(status) = pair.state
+            let refusal = match pair.state {
+                State::Failed(status) => Some(status),
+                _ => self.info.is_fenced().then_some(IoStatus::Gone),
+            };
+            if let Some(status) = refusal
                 && job.status.is_ok()
             {
                 job.status = status;
@@ -146,6 +150,24 @@ impl<R: Registers> NvmeChannel<R> {
                 pair.slots.give_back(member, slot);
                 true
             }
+        }
+    }
+
+    /// Their pair is gone: nothing of them is out.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn end_jobs(&mut self, lists: &mut SegmentLists, status: IoStatus) {
+        self.over.clear();
+        self.waiting.clear();
+        loop {
+            let first = self.jobs.iter().next().map(|(tag, _)| tag);
+            let Some(tag) = first else { return };
+            if let Some(job) = self.jobs.get_mut(tag)
+                && job.status.is_ok()
+            {
+                job.status = status;
+            }
+            self.end_job(lists, tag);
         }
     }
 

@@ -3,7 +3,7 @@
 //! Flow: bdevs and the handle send requests and look at the status → the thread answers and writes the status. Owner: all of
 //! them, by `Arc`. **Invariant:** no lock in here is held while somebody waits for a device or a reactor.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, SyncSender, sync_channel};
@@ -17,7 +17,10 @@ use super::bdev::NvmeBdev;
 use super::qpair::QueuePair;
 use super::report::{ControllerInfo, ControllerState, Counters, Health, NamespaceInfo};
 use super::{NvmeError, NvmeOptions, QueueCounters, QueueShared};
-use crate::pci::PciBacking;
+use crate::pci::{DeviceNews, PciBacking};
+
+/// News that are kept while the thread waits for something else; as many as it reads in a turn.
+const NEWS_KEPT_MAX: usize = 8;
 
 /// What the thread is asked for.
 pub(super) enum Request<B: PciBacking> {
@@ -115,6 +118,7 @@ pub(super) struct Joint<B: PciBacking> {
     status: Mutex<Status<B>>,
     figures: Mutex<PairFigures>,
     detached: AtomicBool,
+    early_news: Mutex<VecDeque<DeviceNews>>,
 }
 
 impl<B: PciBacking> std::fmt::Debug for Joint<B> {
@@ -161,6 +165,7 @@ impl<B: PciBacking> Joint<B> {
             }),
             figures: Mutex::default(),
             detached: AtomicBool::new(false),
+            early_news: Mutex::default(),
         }
     }
 
@@ -171,6 +176,24 @@ impl<B: PciBacking> Joint<B> {
     /// True for the first who asks.
     pub(super) fn begin_detach(&self) -> bool {
         !self.detached.swap(true, Ordering::AcqRel)
+    }
+
+    /// Whether somebody waits for the end: it is to be detached, or there is such news. The news are kept for
+    /// [`Joint::next_news`].
+    pub(super) fn is_wanted_back(&self) -> bool {
+        let mut early = locked(&self.early_news);
+        while early.len() < NEWS_KEPT_MAX
+            && let Some(news) = self.backing.news()
+        {
+            early.push_back(news);
+        }
+        let ends = |news: &DeviceNews| matches!(news, DeviceNews::Requested | DeviceNews::Gone);
+        self.detached.load(Ordering::Acquire) || early.iter().any(ends)
+    }
+
+    pub(super) fn next_news(&self) -> Option<DeviceNews> {
+        let early = locked(&self.early_news).pop_front();
+        early.or_else(|| self.backing.news())
     }
 
     pub(super) fn down(&self) -> NvmeError {
@@ -201,6 +224,12 @@ impl<B: PciBacking> Joint<B> {
             }
         }
         Ok(())
+    }
+
+    /// The end, after the device was closed: no memory is held for it, and namespaces do not keep this alive.
+    pub(super) fn forget(&self) {
+        self.unmap_bounces();
+        self.status().namespaces.clear();
     }
 
     /// Forgets them, once the device is closed.

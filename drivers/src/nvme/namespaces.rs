@@ -70,8 +70,17 @@ pub(super) fn refresh<B: PciBacking>(
     let (mut seen, mut changed) = (HashSet::new(), false);
     let mut new = BTreeMap::new();
     for (nsid, data) in found {
-        let info = describe(controller, name, (nsid, &data), &mut seen);
+        let mut info = describe(controller, name, (nsid, &data), &mut seen);
+        if !data.described
+            && let Some(was) = old.get(&nsid).map(|known| &known.info)
+            && (&was.nguid, &was.eui64) == (&info.nguid, &info.eui64)
+        {
+            // Who it is was said in descriptors, and that question was not answered now: no sign that it is another one.
+            info.uuid = was.uuid;
+        }
         let known = old.get(&nsid).filter(|known| is_same(&known.info, &info));
+        let of = (&controller.data, controller.limits);
+        let known = known.filter(|known| known.bdev.as_ref().is_none_or(|b| b.fits(&data, of)));
         let Some(known) = known else {
             changed = true;
             new.insert(nsid, make(controller, common, info, &data));

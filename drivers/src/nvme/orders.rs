@@ -71,6 +71,9 @@ impl<R: Registers> QueuePair<R> {
             let Some((number, not_before_ns)) = self.resend.pop_front() else { return };
             if not_before_ns > self.now_ns {
                 self.resend.push_back((number, not_before_ns));
+            } else if self.slots.is_fenced(number) {
+                // It was meant for what had this number before.
+                self.end(number, IoStatus::Gone);
             } else {
                 self.send_again(number);
             }

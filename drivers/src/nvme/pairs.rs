@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use ringmill_core::reactor::{DeviceKey, ReactorHandle};
 use rustix::event::{EventfdFlags, eventfd};
 
+use super::admin::refused_with;
 use super::controller::Controller;
 use super::joint::Tally;
 use super::parts::{BindVector, Interrupts, QueueMemory, QueuePairParts};
@@ -35,6 +36,19 @@ pub(super) enum Late {
     Looking(u32, Instant),
     /// The device said that it ends it.
     Aborting(u32, Instant),
+    /// The device said that it did not end it.
+    Refused(u32, Instant),
+}
+
+impl Late {
+    /// The number of the report.
+    pub(super) fn sequence(self) -> u32 {
+        match self {
+            Late::Looking(sequence, _)
+            | Late::Aborting(sequence, _)
+            | Late::Refused(sequence, _) => sequence,
+        }
+    }
 }
 
 /// A pair on the device.
@@ -130,7 +144,9 @@ pub(super) fn make_pair<B: PciBacking>(
         timeout_ns: u64::try_from(options.timeout.as_nanos()).unwrap_or(u64::MAX),
     })?;
     if let Err(error) = controller.create_pair(queue_id, &memory, vector) {
-        controller.orphans.push(memory);
+        if refused_with(&error).is_none() {
+            controller.orphans.push(memory);
+        }
         return Err(error);
     }
     shared.order(Order::Run);
@@ -157,7 +173,19 @@ impl<B: PciBacking> Keeper<B> {
             queue_id,
             home: None,
         };
-        let (pair, queue_pair) = make_pair(&mut self.controller, order)?;
+        let (pair, queue_pair) = match make_pair(&mut self.controller, order) {
+            Ok(made) => made,
+            Err(error) => {
+                // It may have a queue that nobody uses: only a reset makes sure. One without an answer is reset anyway.
+                if !self.controller.orphans.is_empty()
+                    && !self.controller.admin.is_broken()
+                    && !error.is_gone()
+                {
+                    self.reset(&error.to_string())?;
+                }
+                return Err(error);
+            }
+        };
         self.common.count_pair(&pair.shared);
         self.pairs.push(pair);
         Ok(queue_pair)
@@ -171,7 +199,9 @@ impl<B: PciBacking> Keeper<B> {
                 // Its memory is held until this has worked, or the device has been stopped.
                 let queue_id = self.pairs[at].queue_id;
                 self.pairs[at].exists = false;
-                if let Err(error) = self.controller.delete_pair(queue_id) {
+                if let Err(error) =
+                    self.controller.delete_pair(queue_id, self.controller.timeout_admin)
+                {
                     self.pairs[at].exists = true;
                     if !self.controller.admin.is_broken() && !error.is_gone() {
                         // It refuses to forget a queue: only a reset does.
@@ -256,6 +286,9 @@ impl<B: PciBacking> Keeper<B> {
         if self.lost || self.interrupts != InterruptPlan::Shared {
             return;
         }
+        let is_due = self.bound && self.last_wanted.elapsed() > BOUND_FOR;
+        // Said before it is done, and looked at once more: whoever goes to sleep after that nudges this thread.
+        self.pairs.iter().for_each(|pair| pair.shared.set_watched(self.bound && !is_due));
         let wanted = self.pairs.iter().any(|pair| pair.shared.wants_wake());
         if wanted {
             self.last_wanted = Instant::now();
@@ -264,10 +297,15 @@ impl<B: PciBacking> Keeper<B> {
         if wanted && !self.bound {
             self.bound = backing.bind_vector(0, Some(self.interrupt.as_fd())).is_ok();
             // Whatever came before it was bound: they look once more.
-            for pair in self.pairs.iter().filter(|pair| pair.shared.wants_wake()) {
-                nudge(pair.home.as_ref());
+            for pair in &self.pairs {
+                pair.shared.set_watched(self.bound);
+                if pair.shared.wants_wake() {
+                    nudge(pair.home.as_ref());
+                }
             }
-        } else if !wanted && self.bound && self.last_wanted.elapsed() > BOUND_FOR {
+        } else if wanted {
+            self.pairs.iter().for_each(|pair| pair.shared.set_watched(true));
+        } else if is_due {
             let _ = backing.bind_vector(0, None);
             self.bound = false;
         }

@@ -111,13 +111,16 @@ impl<R: Registers> QueuePair<R> {
             doorbell(parts.cq_doorbell_bytes, |shadow| shadow.cq_at_bytes)?,
         );
         let commands = entries - 1;
+        // A level (INTx) stays up until they are acknowledged.
+        let is_shared = matches!(parts.interrupts, Interrupts::Thread);
+        let cq_lazy = if is_shared { 1 } else { NVME_CQ_LAZY_ENTRIES.min(entries / 4).max(1) };
         Ok(QueuePair {
             state: State::Held,
             trouble: false,
             queue_id: parts.queue_id,
             out: 0,
             commands_max: commands,
-            cq_lazy: NVME_CQ_LAZY_ENTRIES.min(entries / 4).max(1),
+            cq_lazy,
             rings: Rings::new((sq, cq), entries, doorbells),
             slots: CommandSlots::new(commands),
             registers: parts.registers,
@@ -143,7 +146,14 @@ impl<R: Registers> QueuePair<R> {
         })
     }
 
-    /// True when no command has not ended and no channel has something to fetch: it may be taken from its reactor.
+    /// True when no channel is on it and no command has not ended: it may be taken from its reactor.
+    #[must_use]
+    #[cold]
+    pub fn is_unused(&self) -> bool {
+        !self.slots.has_members() && self.is_idle()
+    }
+
+    /// True when no command has not ended and no channel has something to fetch.
     #[must_use]
     pub fn is_idle(&self) -> bool {
         self.slots.taken_count() == 0 && !self.slots.has_news()
@@ -290,6 +300,11 @@ impl<R: Registers> DeviceQueue for QueuePair<R> {
             || self.shared.order_word() != self.obeyed
         {
             return true;
+        }
+        if matches!(self.interrupts, Interrupts::Thread) && self.is_open() && self.rings.unrung > 0
+        {
+            // A level stays up until every completion is acknowledged, also those after which nothing is out.
+            self.acknowledge();
         }
         if self.out == 0 || self.trouble {
             return false;

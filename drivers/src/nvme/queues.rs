@@ -4,6 +4,7 @@
 //! memory is held here or by its pair, and a completion queue before and after its submission queue.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ringmill_core::limits::NVME_QUEUE_ENTRIES_MAX;
@@ -93,6 +94,14 @@ impl<B: PciBacking> Controller<B> {
             Some(pages) => pages,
             None => ShadowPages::new(&self.backing.dma())?,
         };
+        // The device reads the admin queue's words from now on as well: not those of another life.
+        let first = doorbell_offset(0, false, 0);
+        let (sq, cq) = self.doorbells(0);
+        for page in [&pages.doorbells, &pages.event_indices].into_iter().filter_map(window) {
+            for at in [sq - first, cq - first] {
+                page.store_u32(at, 0, Ordering::Relaxed);
+            }
+        }
         let mut entry = Sqe::new(admin::DOORBELL_BUFFER, 0, 0);
         entry.set_prps(pages.iovas.0, pages.iovas.1);
         let what = "doorbell buffer config";
@@ -125,7 +134,7 @@ impl<B: PciBacking> Controller<B> {
         for map in [&pages.doorbells, &pages.event_indices] {
             let page = window(map)?;
             for at in [sq_at_bytes, cq_at_bytes] {
-                page.store_u32(at, 0, std::sync::atomic::Ordering::Relaxed);
+                page.store_u32(at, 0, Ordering::Relaxed);
             }
         }
         Some(ShadowDoorbells {
@@ -156,7 +165,13 @@ impl<B: PciBacking> Controller<B> {
         entry.0[11] = u32::from(queue_id) << 16 | CONTIGUOUS;
         let made = self.admin.command(&self.bar, entry, "create I/O submission queue", within);
         if let Err(error) = made {
-            self.delete(admin::DELETE_CQ, queue_id, "delete I/O completion queue")?;
+            // After no answer nothing can be asked; the reset that follows forgets both.
+            if refused_with(&error).is_some()
+                && let Err(second) =
+                    self.delete(admin::DELETE_CQ, queue_id, ("delete I/O completion queue", within))
+            {
+                return Err(self.bar.refused(format!("{error}; then: {second}")));
+            }
             return Err(error);
         }
         if self.quirks.has(Quirks::DELAY_AFTER_QUEUES) {
@@ -165,16 +180,21 @@ impl<B: PciBacking> Controller<B> {
         Ok(())
     }
 
-    fn delete(&mut self, opcode: u8, queue_id: u16, what: &'static str) -> Result<(), NvmeError> {
+    fn delete(
+        &mut self,
+        opcode: u8,
+        queue_id: u16,
+        (what, within): (&'static str, Duration),
+    ) -> Result<(), NvmeError> {
         let mut entry = Sqe::new(opcode, 0, 0);
         entry.0[10] = u32::from(queue_id);
-        self.admin.command(&self.bar, entry, what, self.timeout_admin).map(|_| ())
+        self.admin.command(&self.bar, entry, what, within.min(self.timeout_admin)).map(|_| ())
     }
 
     /// Deletes both. Its commands have ended then.
-    pub(super) fn delete_pair(&mut self, queue_id: u16) -> Result<(), NvmeError> {
-        self.delete(admin::DELETE_SQ, queue_id, "delete I/O submission queue")?;
-        self.delete(admin::DELETE_CQ, queue_id, "delete I/O completion queue")
+    pub(super) fn delete_pair(&mut self, queue_id: u16, within: Duration) -> Result<(), NvmeError> {
+        self.delete(admin::DELETE_SQ, queue_id, ("delete I/O submission queue", within))?;
+        self.delete(admin::DELETE_CQ, queue_id, ("delete I/O completion queue", within))
     }
 
     /// Asks for the end of a command; true when the device says that it ends it.

@@ -7,10 +7,10 @@
 
 use std::time::{Duration, Instant};
 
-use ringmill_core::reactor::DeviceSlot;
+use ringmill_core::reactor::{DeviceSlot, IoCx};
 
 use super::joint::Tally;
-use super::pairs::Late;
+use super::pairs::{Late, Pair};
 use super::qpair::QueuePair;
 use super::report::ControllerState;
 use super::shared::Overdue;
@@ -21,6 +21,9 @@ use crate::pci::PciBacking;
 /// Between the report of a late command and the decision that its answer is not there.
 const LOOK_FOR: Duration = Duration::from_millis(20);
 
+/// Between an Abort that found nothing to abort and the decision that the command has not ended either.
+const REFUSED_LOOK_FOR: Duration = Duration::from_millis(200);
+
 /// For the completion of a command that the device says it has aborted.
 const ABORT_GRACE: Duration = Duration::from_secs(2);
 
@@ -30,6 +33,11 @@ const OBEY_WITHIN: Duration = Duration::from_secs(2);
 /// The same when the device is wanted back: everything must be over within 5 s.
 const OBEY_SOON: Duration = Duration::from_millis(500);
 const STOP_SOON: Duration = Duration::from_secs(2);
+
+/// The orderly end: for deleting queues, and for that, the shutdown and the stop together. With the waits for reactors before
+/// and after it, 5 s.
+const DELETE_WITHIN: Duration = Duration::from_secs(1);
+const STOP_WITHIN: Duration = Duration::from_secs(4);
 
 /// Resets in a row: so many within the window, and it is given up.
 const RESETS_MAX: usize = 8;
@@ -60,18 +68,27 @@ impl<B: PciBacking> Keeper<B> {
                 return true;
             }
         }
-        if let Err(error) = self.collect_dropped().and_then(|()| self.restart_pairs()) {
+        if let Err(error) = self.collect_dropped() {
             tracing::warn!("{}: {error}", self.name());
             self.after_failure(&error);
+        } else if let Err(error) = self.restart_pairs() {
+            if error.is_gone() {
+                self.lose(&error.to_string());
+            } else {
+                // Without its queues that reactor's requests would wait for ever; resets in a row are counted.
+                let _ = self.reset(&error.to_string());
+            }
         }
-        self.pairs.iter().any(|pair| pair.late.is_some() || !pair.exists)
+        // Pairs that have not obeyed say so when they do; those that nobody has fetched never may.
+        let lacks_queues = |pair: &Pair| !pair.exists && pair.shared.is_obeyed();
+        self.pairs.iter().any(|pair| pair.late.is_some() || lacks_queues(pair))
     }
 
     /// A command without an answer. True when it came to a reset.
     fn is_reset_after(&mut self, at: usize, overdue: Overdue) -> bool {
         let sequence = overdue.sequence;
         let late = match self.pairs[at].late {
-            Some(late @ (Late::Looking(of, _) | Late::Aborting(of, _))) if of == sequence => late,
+            Some(late) if late.sequence() == sequence => late,
             _ => {
                 // Its reactor may sleep through a lost interrupt.
                 nudge(self.pairs[at].home.as_ref());
@@ -84,7 +101,7 @@ impl<B: PciBacking> Keeper<B> {
         if overdue.ended {
             let tally = &self.common.tally;
             let counter = match late {
-                Late::Looking(..) => &tally.late_answers,
+                Late::Looking(..) | Late::Refused(..) => &tally.late_answers,
                 Late::Aborting(..) => &tally.aborts_done,
             };
             Tally::note(counter);
@@ -104,6 +121,11 @@ impl<B: PciBacking> Keeper<B> {
                     true
                 }
             },
+            Late::Refused(_, since) if since.elapsed() < REFUSED_LOOK_FOR => false,
+            Late::Refused(..) => {
+                let _ = self.reset("it could not abort a command that had no answer in time");
+                true
+            }
             Late::Aborting(_, since) if since.elapsed() < ABORT_GRACE => false,
             Late::Aborting(..) => {
                 let _ = self.reset("a command did not end after its abort");
@@ -131,8 +153,10 @@ impl<B: PciBacking> Keeper<B> {
                     self.pairs[at].late = Some(Late::Aborting(overdue.sequence, Instant::now()));
                     return false;
                 }
-                let _ = self.reset("it could not abort a command that had no answer in time");
-                true
+                // It may just have ended: then there was nothing to abort.
+                nudge(self.pairs[at].home.as_ref());
+                self.pairs[at].late = Some(Late::Refused(overdue.sequence, Instant::now()));
+                false
             }
             Err(error) if error.is_gone() => {
                 self.lose(&error.to_string());
@@ -147,6 +171,14 @@ impl<B: PciBacking> Keeper<B> {
 
     /// Stops the controller and starts it again; requests in flight are done once more.
     pub(super) fn reset(&mut self, why: &str) -> Result<(), NvmeError> {
+        let now = Instant::now();
+        self.resets.retain(|at| now.duration_since(*at) < RESETS_WINDOW);
+        self.resets.push_back(now);
+        self.reset_uncounted(why)
+    }
+
+    /// The same where somebody asked for it: no sign of a controller that should be given up.
+    pub(super) fn reset_uncounted(&mut self, why: &str) -> Result<(), NvmeError> {
         tracing::warn!("{}: resetting it: {why}", self.name());
         Tally::note(&self.common.tally.resets);
         self.common.status().last_error = Some(why.to_owned());
@@ -167,9 +199,6 @@ impl<B: PciBacking> Keeper<B> {
         self.forget_queues();
         self.order_all(Order::Disabled);
         self.wait_obeyed(OBEY_WITHIN);
-        let now = Instant::now();
-        self.resets.retain(|at| now.duration_since(*at) < RESETS_WINDOW);
-        self.resets.push_back(now);
         let end = if self.resets.len() > RESETS_MAX {
             let name = self.common.options.name.clone();
             Err(NvmeError::Refused {
@@ -258,6 +287,7 @@ impl<B: PciBacking> Keeper<B> {
 
     /// Something wants the device back: what can be done cleanly is, the rest is cut off; all within 5 s.
     pub(super) fn let_go(&mut self, why: &str) {
+        self.controller.bar.wanted_back = None;
         self.order_all(Order::Hold);
         self.wait_obeyed(OBEY_SOON);
         if let Err(error) = self.controller.disable(STOP_SOON) {
@@ -294,9 +324,10 @@ impl<B: PciBacking> Keeper<B> {
 
     /// The orderly end.
     pub(super) fn detach(&mut self) {
+        self.controller.bar.wanted_back = None;
         if !self.lost {
             self.order_all(Order::Hold);
-            if !self.wait_obeyed(OBEY_WITHIN) {
+            if !self.wait_obeyed(OBEY_SOON) {
                 tracing::warn!("{}: a reactor does not let go of it", self.name());
             }
             if let Err(error) = self.stop_politely() {
@@ -305,21 +336,28 @@ impl<B: PciBacking> Keeper<B> {
             self.controller.backing.close();
             self.lost = true;
             self.order_all(Order::Fail(FailReason::Gone));
-            self.wait_obeyed(OBEY_WITHIN);
+            self.wait_obeyed(OBEY_SOON);
         }
         self.take_pairs_back();
         self.common.unmap_bounces();
         self.set_state(ControllerState::Detached);
     }
 
+    /// Queues deleted, caches written, off. A step that fails does not keep the next ones from being tried.
     fn stop_politely(&mut self) -> Result<(), NvmeError> {
+        let start = Instant::now();
         for at in 0..self.pairs.len() {
-            if self.pairs[at].exists {
-                self.controller.delete_pair(self.pairs[at].queue_id)?;
-                self.pairs[at].exists = false;
+            let left = DELETE_WITHIN.saturating_sub(start.elapsed());
+            if !self.pairs[at].exists || self.controller.admin.is_broken() || left.is_zero() {
+                continue;
+            }
+            match self.controller.delete_pair(self.pairs[at].queue_id, left) {
+                Ok(()) => self.pairs[at].exists = false,
+                Err(error) if error.is_gone() => return Err(error),
+                Err(error) => tracing::warn!("{}: {error}", self.name()),
             }
         }
-        self.controller.shut_down()
+        self.controller.shut_down(STOP_WITHIN.saturating_sub(start.elapsed()))
     }
 
     /// Out of the reactors, to be dropped here.
@@ -330,17 +368,32 @@ impl<B: PciBacking> Keeper<B> {
             if waiting.is_some() {
                 continue;
             }
-            let taken = own.reactor.ask(move |reactor| {
-                let devices = &mut reactor.cx.io.devices;
-                let slot: Option<DeviceSlot> = devices.find(key);
-                let pair = slot.and_then(|slot| devices.get::<QueuePair<B::Registers>>(slot));
-                // One with something to fetch stays: its channels are still there, and it costs nothing any more.
-                match pair {
-                    Some(pair) if pair.is_idle() => Some(devices.remove(key)),
-                    Some(_) => None,
-                    None => Some(None),
-                }
-            });
+            let take = || {
+                own.reactor.ask(move |reactor| {
+                    let IoCx { devices, ring, .. } = &mut reactor.cx.io;
+                    let slot: Option<DeviceSlot> = devices.find(key);
+                    let pair =
+                        slot.and_then(|slot| devices.get_mut::<QueuePair<B::Registers>>(slot));
+                    // One with channels stays: everything of theirs ends there, and it costs nothing any more.
+                    match pair {
+                        Some(pair) if pair.is_unused() => {
+                            if let Some(ring) = ring {
+                                pair.leave(ring);
+                            }
+                            Some(devices.remove(key))
+                        }
+                        Some(_) => None,
+                        None => Some(None),
+                    }
+                })
+            };
+            // Channels may be on their way out.
+            let start = Instant::now();
+            let mut taken = take();
+            while matches!(taken, Some(None)) && start.elapsed() < OBEY_SOON {
+                std::thread::sleep(LOOK_FOR);
+                taken = take();
+            }
             if !matches!(taken, Some(Some(_))) && !own.reactor.is_stopped() {
                 let name = &self.common.options.name;
                 tracing::warn!("{name}: a channel was not closed before it was detached");

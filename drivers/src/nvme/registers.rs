@@ -67,16 +67,31 @@ pub(super) fn doorbell_offset(qid: u16, completion: bool, stride: u32) -> usize 
     reg::DOORBELLS + (number << (2 + stride))
 }
 
+/// How long a wait lasts before it looks whether the device is wanted back: what is sound ends before.
+const LOOK_AFTER: Duration = Duration::from_millis(300);
+
+/// Asks whether somebody wants the device back, or it is to be detached.
+#[derive(Clone)]
+pub(super) struct WantedBack(pub(super) Arc<dyn Fn() -> bool + Send + Sync>);
+
+impl std::fmt::Debug for WantedBack {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("WantedBack")
+    }
+}
+
 /// BAR 0.
 #[derive(Debug)]
 pub(super) struct Bar<R> {
     registers: Arc<R>,
     device: String,
+    /// Cuts waits short; not those of an end that was asked for.
+    pub(super) wanted_back: Option<WantedBack>,
 }
 
 impl<R: Registers> Bar<R> {
     pub(super) fn new(registers: Arc<R>, device: &str) -> Bar<R> {
-        Bar { registers, device: device.to_owned() }
+        Bar { registers, device: device.to_owned(), wanted_back: None }
     }
 
     pub(super) fn registers(&self) -> &Arc<R> {
@@ -89,6 +104,16 @@ impl<R: Registers> Bar<R> {
 
     pub(super) fn gone(&self) -> NvmeError {
         NvmeError::Gone { device: self.device.clone() }
+    }
+
+    /// Ends a wait that began at `start` when nobody should wait any longer.
+    pub(super) fn check_wanted(&self, start: Instant) -> Result<(), NvmeError> {
+        match &self.wanted_back {
+            Some(WantedBack(ask)) if start.elapsed() >= LOOK_AFTER && ask() => {
+                Err(NvmeError::Wanted { device: self.device.clone() })
+            }
+            _ => Ok(()),
+        }
     }
 
     pub(super) fn refused(&self, reason: impl Into<String>) -> NvmeError {
@@ -195,6 +220,7 @@ impl<R: Registers> Bar<R> {
                     advice,
                 });
             }
+            self.check_wanted(start)?;
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(5));
         }

@@ -137,6 +137,8 @@ impl Overdue {
 struct FromThread {
     order: AtomicU64,
     settled: AtomicU32,
+    /// The thread sees the shared vector's interrupts.
+    watched: AtomicBool,
 }
 
 /// Written by the reactor.
@@ -261,6 +263,11 @@ impl QueueShared {
         self.from_pair.asleep.load(Ordering::Relaxed)
     }
 
+    /// Whether the shared vector's interrupts reach the thread. Ask [`QueueShared::wants_wake`] after it was taken back.
+    pub fn set_watched(&self, watched: bool) {
+        self.from_thread.watched.store(watched, Ordering::Relaxed);
+    }
+
     /// The figures.
     #[must_use]
     pub fn counters(&self) -> QueueCounters {
@@ -328,6 +335,10 @@ impl QueueShared {
         self.from_pair.asleep.store(asleep, Ordering::Relaxed);
         // Pairs with the fence in `wants_wake`.
         fence(Ordering::SeqCst);
+        if asleep && !self.from_thread.watched.load(Ordering::Relaxed) {
+            // It has to bind the vector first.
+            self.nudge();
+        }
     }
 
     /// An eventfd that is full says enough.
@@ -382,6 +393,18 @@ mod tests {
         assert!(was_nudged(&shared) && shared.settled() == 0);
         shared.settle(1);
         assert_eq!((shared.overdue(), shared.settled()), (None, 1));
+    }
+
+    #[test]
+    fn a_sleeper_asks_for_the_shared_vector_until_it_is_there() {
+        let shared = shared();
+        shared.set_asleep(true);
+        assert!(was_nudged(&shared) && shared.wants_wake());
+        shared.set_asleep(false);
+        assert!(!was_nudged(&shared) && !shared.wants_wake());
+        shared.set_watched(true);
+        shared.set_asleep(true);
+        assert!(!was_nudged(&shared) && shared.wants_wake());
     }
 
     #[test]

@@ -7,8 +7,10 @@
 
 use std::cell::Cell;
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use ringmill_core::IoStatus;
+use ringmill_core::bdev::BdevInfo;
 use ringmill_core::io::Tag;
 use ringmill_core::limits::{NVME_QUEUE_ENTRIES_MAX, NVME_ROOM_MIN};
 use ringmill_core::spec::nvme::{PSDT_SGL, Sqe};
@@ -117,6 +119,8 @@ struct Member {
     /// Its capacity.
     inbox_max: usize,
     open: bool,
+    /// Its bdev, for whether it is fenced.
+    info: Arc<BdevInfo>,
 }
 
 /// The slots and their users.
@@ -176,17 +180,31 @@ impl CommandSlots {
         self.slots.len() - self.free.len()
     }
 
+    /// True when a channel is here, or one that has left has commands out.
+    #[cold]
+    pub(super) fn has_members(&self) -> bool {
+        self.members.iter().any(|member| member.open)
+    }
+
     /// True when a channel has something to fetch.
     #[inline]
     pub(super) fn has_news(&self) -> bool {
         self.waiting > 0
     }
 
+    /// True when the namespace of this command's channel is another one now, or gone.
+    #[cold]
+    pub(super) fn is_fenced(&self, slot: u16) -> bool {
+        let owner = self.slots.get(usize::from(slot)).map(|slot| slot.owner.member);
+        let member = owner.and_then(|id| self.members.get(usize::from(id.0)));
+        member.is_none_or(|member| member.info.is_fenced())
+    }
+
     /// Takes a channel in; `inbox` keeps what it cannot take at once.
     #[cold]
-    pub(super) fn join(&mut self, inbox: VecDeque<Ended>) -> Option<MemberId> {
+    pub(super) fn join(&mut self, inbox: VecDeque<Ended>, info: Arc<BdevInfo>) -> Option<MemberId> {
         let inbox_max = inbox.capacity();
-        let member = Member { held: 0, inbox, inbox_max, open: true };
+        let member = Member { held: 0, inbox, inbox_max, open: true, info };
         let at = self.members.iter().position(|member| !member.open).unwrap_or(self.members.len());
         let id = MemberId(u16::try_from(at).ok()?);
         if at == self.members.len() {

@@ -43,6 +43,36 @@ impl NamespaceShape {
             if self.sgl { (block_bytes / descriptors).max(DWORD_BYTES) } else { block_bytes };
         Alignment { block_bytes, address_bytes: DWORD_BYTES, segment_bytes }
     }
+
+    /// Whether every command that is legal for this is so for `now`, and means the same there. The boundary is a hint, and
+    /// may be another one.
+    #[must_use]
+    #[cold]
+    pub fn still_holds(&self, now: &NamespaceShape) -> bool {
+        let discard = match (self.discard, now.discard) {
+            (None, _) => true,
+            (Some(was), Some(is)) => {
+                was.ranges_max <= is.ranges_max
+                    && was.range_blocks_max <= is.range_blocks_max
+                    && was.blocks_max <= is.blocks_max
+            }
+            (Some(_), None) => false,
+        };
+        let write_zeroes = match (self.write_zeroes, now.write_zeroes) {
+            (None, _) => true,
+            (Some(was), Some(is)) => {
+                was.blocks_max <= is.blocks_max && (!was.deallocate || is.deallocate)
+            }
+            (Some(_), None) => false,
+        };
+        (self.nsid, self.block_shift) == (now.nsid, now.block_shift)
+            && self.transfer_bytes_max <= now.transfer_bytes_max
+            && (!self.sgl || now.sgl)
+            // A cache that nobody flushes loses what guests believe to be stable.
+            && (self.write_cache || !now.write_cache)
+            && discard
+            && write_zeroes
+    }
 }
 
 impl Bounds {

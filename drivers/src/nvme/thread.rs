@@ -127,12 +127,8 @@ impl<B: PciBacking> Keeper<B> {
         loop {
             let request = match self.requests.try_recv() {
                 Ok(request) => request,
-                Err(TryRecvError::Empty) => return Turn::Again,
-                // Nobody has the controller any more.
-                Err(TryRecvError::Disconnected) => {
-                    self.detach();
-                    return Turn::Over;
-                }
+                // It cannot be cut off: the other end is held here, too.
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => return Turn::Again,
             };
             // Whoever asked may have gone; then nobody hears the answer.
             match request {
@@ -142,7 +138,7 @@ impl<B: PciBacking> Keeper<B> {
                     return Turn::Over;
                 }
                 Request::Reset(answer) => {
-                    let end = self.unless_lost(|me| me.reset("it was asked for"));
+                    let end = self.unless_lost(|me| me.reset_uncounted("it was asked for"));
                     let _ = answer.send(end);
                 }
                 Request::Rescan(answer) => {
@@ -209,7 +205,7 @@ impl<B: PciBacking> Keeper<B> {
             if self.lost {
                 return;
             }
-            match self.controller.backing.news() {
+            match self.common.next_news() {
                 None => return,
                 Some(DeviceNews::Gone) => self.lose("it was pulled out"),
                 Some(DeviceNews::Requested) => self.let_go("somebody else asked for it"),
@@ -272,10 +268,13 @@ impl<B: PciBacking> Keeper<B> {
             if let Err(error) = end {
                 tracing::warn!("{}: {error}", self.name());
                 self.after_failure(&error);
-                return;
+                // After a reset there are new requests; after a refusal the next event is waited for as ever.
+                break;
             }
         }
-        self.controller.admin.rearm(&self.controller.bar);
+        if !self.lost {
+            self.controller.admin.rearm(&self.controller.bar);
+        }
     }
 
     /// SMART, from the device if what is known is too old.

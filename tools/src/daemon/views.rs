@@ -199,6 +199,7 @@ pub(super) fn reactor_info(number: u64, reactor: &ReactorHandle, started: Instan
         busy_ticks: stats.busy_ticks,
         idle_ticks: stats.idle_ticks,
         is_sleeping: reactor.is_sleeping(),
+        bounces_count: stats.bounces_count,
         usr,
         sys,
         irq,

@@ -362,6 +362,8 @@ pub struct ReactorInfo {
     pub idle_ticks: u64,
     /// Asleep on its ring just now (idle policy `adaptive`).
     pub is_sleeping: bool,
+    /// Bounce buffers used so far: pieces of requests that were copied on their way.
+    pub bounces_count: u64,
     /// User time of the core, in clock ticks of /proc/stat.
     pub usr: u64,
     /// System time of the core.

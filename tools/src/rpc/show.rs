@@ -138,6 +138,7 @@ pub(super) fn reactor(info: &ReactorInfo) -> Value {
         "busy": info.busy_ticks,
         "idle": info.idle_ticks,
         "in_interrupt": info.is_sleeping,
+        "bounces": info.bounces_count,
         "irq": info.irq,
         "sys": info.sys,
         "usr": info.usr,

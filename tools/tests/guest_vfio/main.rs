@@ -15,8 +15,10 @@ use ringmill_tools::guest_lab::qemu::{Boot, MachineConfig, NamespaceConfig, Nvme
 use ringmill_tools::guest_lab::{Lab, LabError, ScratchDir};
 
 mod device;
+mod inside;
 #[path = "../support/lab.rs"]
 mod lab;
+mod stack;
 
 use lab::{MIB, Outcome, image, stripped, with_lab};
 
@@ -29,6 +31,16 @@ const BLOCKS_4096: &str = ",logical_block_size=4096,physical_block_size=4096";
 /// Where QEMU puts the first controller.
 const FIRST: &str = "0000:00:10.0";
 
+/// A checksum of data that is the same on both sides.
+#[derive(Default)]
+struct Digest(u64);
+
+impl Digest {
+    fn add(&mut self, word: u64) {
+        self.0 = (self.0.rotate_left(5) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+}
+
 /// A guest that has this program and ringmillctl on board.
 struct Lent {
     guest: Guest,
@@ -38,13 +50,28 @@ struct Lent {
 
 impl Lent {
     fn boot(lab: &mut Lab, scratch: &ScratchDir, machine: MachineConfig) -> Result<Self, LabError> {
+        Self::boot_with(lab, scratch, machine, Payload::Base, &[])
+    }
+
+    /// The same with more programs.
+    fn boot_with(
+        lab: &mut Lab,
+        scratch: &ScratchDir,
+        machine: MachineConfig,
+        payload: Payload,
+        more: &[&Path],
+    ) -> Result<Self, LabError> {
         let here = std::env::current_exe().expect("a program");
         let [program, ctl] = [here.as_path(), Path::new(env!("CARGO_BIN_EXE_ringmillctl"))]
             .map(|program| stripped(scratch, program));
-        let programs = [program.clone(), ctl.clone()];
-        let image = lab.linux_with_programs(Payload::Base, scratch, &programs)?;
+        let mut programs = vec![program.clone(), ctl.clone()];
+        programs.extend(more.iter().map(|program| stripped(scratch, program)));
+        let image = lab.linux_with_programs(payload, scratch, &programs)?;
+        // Linux counts ticks for a moment to see whether they come through the IOMMU, and panics if a busy host lets none come.
+        let kernel_words = format!("no_timer_check {}", machine.kernel_words);
+        let boot = Boot::Linux(image);
         let guest =
-            Guest::start(&MachineConfig { boot: Boot::Linux(image), has_iommu: true, ..machine })?;
+            Guest::start(&MachineConfig { boot, has_iommu: true, kernel_words, ..machine })?;
         Ok(Self { guest, program, ctl })
     }
 

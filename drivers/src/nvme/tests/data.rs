@@ -307,3 +307,24 @@ fn an_aligned_page_needs_no_list_and_a_long_piece_one_descriptor() {
         assert_eq!(rig.tags(0), [1, 2]);
     }
 }
+
+#[test]
+fn commands_made_for_one_shape_are_checked_against_what_it_became() {
+    let was = Options { sgl: true, write_cache: false, ..Options::default() };
+    let holds = |now: Options| shape(&was).still_holds(&shape(&now));
+    assert!(holds(was) && holds(Options { transfer_bytes_max: 256 << 10, ..was }));
+    assert!(holds(Options { boundary_bytes: 8192, ..was }), "a hint");
+    assert!(!holds(Options { transfer_bytes_max: 64 << 10, ..was }));
+    assert!(!holds(Options { sgl: false, ..was }));
+    assert!(!holds(Options { write_cache: true, ..was }));
+    assert!(!holds(Options { block_shift: 12, ..was }));
+    assert!(
+        !holds(Options { discard: None, ..was }) && !holds(Options { write_zeroes: None, ..was })
+    );
+    let fewer = was.discard.map(|limits| DiscardLimits { ranges_max: 1, ..limits });
+    assert!(!holds(Options { discard: fewer, ..was }));
+    let kept = was.write_zeroes.map(|limits| WriteZeroesLimits { deallocate: false, ..limits });
+    assert!(!holds(Options { write_zeroes: kept, ..was }));
+    let lesser = Options { discard: None, write_zeroes: None, write_cache: true, ..was };
+    assert!(shape(&lesser).still_holds(&shape(&was)));
+}

@@ -1,8 +1,12 @@
 //! Hold, Disabled, Run, Fail; deadlines and their CIDs.
 
+use std::sync::Arc;
+
 use ringmill_core::IoStatus;
+use ringmill_core::bdev::Channel as _;
 use ringmill_core::io::{IoFlags, IoOp};
 use ringmill_core::limits::NVME_RETRIES_MAX;
+use ringmill_core::reactor::DeviceKey;
 use ringmill_core::spec::nvme::status;
 
 use super::super::shared::{FailReason, Order, Overdue};
@@ -243,4 +247,58 @@ fn a_reset_ends_a_report() {
     rig.later(SECOND_NS);
     assert!(rig.pair().is_idle());
     assert_eq!((0..4).filter(|tag| rig.read(0, *tag)).count(), 3, "no slot is lost");
+}
+
+#[test]
+fn a_pair_with_a_channel_is_in_use_and_a_channel_without_its_pair_ends_what_it_has() {
+    let mut rig = Rig::new(&Options { transfer_bytes_max: 4096, ..Options::default() });
+    assert!(rig.pair().is_idle() && !rig.pair().is_unused());
+    // A job whose parts have all ended but one that was not sent: nothing of it is in the pair.
+    let pages = [rig.segment(0, 1 << 20)];
+    assert!(rig.offer(0, 5, (IoOp::Read, IoFlags::NONE), (0, 1 << 20), &pages));
+    rig.commit();
+    rig.order(Order::Hold);
+    rig.device.serve();
+    assert!(rig.tags(0).is_empty() && rig.pair().is_idle() && !rig.pair().is_unused());
+    assert!(rig.cx.io.devices.remove(DeviceKey(1)).is_some());
+    let done = rig.poll(0);
+    assert_eq!(
+        done.iter().map(|end| (end.tag.0, end.status)).collect::<Vec<_>>(),
+        [(5, IoStatus::Gone)]
+    );
+    assert_eq!(rig.channels[0].inflight(), 0);
+
+    let mut rig = Rig::new(&Options::default());
+    rig.channels[0].close(&mut rig.cx.io);
+    assert!(rig.pair().is_unused());
+}
+
+#[test]
+fn nothing_is_sent_to_a_namespace_that_was_fenced_meanwhile() {
+    let mut rig = Rig::new(&Options { transfer_bytes_max: 4096, ..Options::default() });
+    assert!(rig.read(0, 1));
+    let pages = [rig.segment(0, 1 << 20)];
+    assert!(rig.offer(0, 2, (IoOp::Read, IoFlags::NONE), (0, 1 << 20), &pages));
+    rig.commit();
+    rig.device.fetch();
+    rig.order(Order::Hold);
+    rig.order(Order::Disabled);
+    rig.device.reset();
+    let sent = rig.pair().tally.commands;
+    let info = Arc::clone(&rig.channels[0].info);
+    info.fence();
+    info.set_blocks(7);
+    assert_eq!(info.blocks_count(), 0, "for good");
+    rig.order(Order::Run);
+    let mut ends = Vec::new();
+    for _ in 0..100 {
+        rig.commit();
+        ends.extend(rig.poll(0).iter().map(|end| (end.tag.0, end.status)));
+    }
+    assert_eq!(ends, [(1, IoStatus::Gone), (2, IoStatus::Gone)]);
+    assert!(rig.read(0, 3), "taken, to be refused");
+    let done = rig.poll(0);
+    assert_eq!(done.iter().map(|end| end.status).collect::<Vec<_>>(), [IoStatus::Gone]);
+    assert_eq!(rig.pair().tally.commands, sent, "nothing more went out");
+    assert!(rig.pair().is_idle() && rig.channels[0].inflight() == 0);
 }
