@@ -32,6 +32,9 @@ const EVENTS_KEPT_MAX: usize = 16;
 /// CIDs of event requests; those of commands are below.
 const EVENT_CID_FIRST: u16 = 0x8000;
 
+/// Who wants the device back waits that long for a command: after its answer there can be an orderly end.
+const PATIENCE: Duration = Duration::from_secs(2);
+
 /// How long a wait polls without a pause.
 const SPIN: Duration = Duration::from_micros(50);
 
@@ -244,7 +247,9 @@ impl AdminQueue {
                 self.broken = true;
                 return Err(error);
             }
-            if let Err(error) = bar.check_wanted(start) {
+            if elapsed >= PATIENCE
+                && let Err(error) = bar.check_wanted(start)
+            {
                 self.broken = true;
                 return Err(error);
             }

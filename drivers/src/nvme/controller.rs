@@ -206,17 +206,22 @@ fn check_class<B: PciBacking>(backing: &B) -> Result<(), NvmeError> {
     backing.config_read(CLASS_REVISION, &mut class)?;
     let [_, interface, sub, base] = class;
     let device = backing.name().to_owned();
-    match (base, sub, interface) {
-        NVME_CLASS => Ok(()),
-        (0xff, 0xff, 0xff) => Err(NvmeError::Gone { device }),
-        _ => Err(NvmeError::Refused {
-            device,
-            reason: format!(
-                "it is a {} (PCI class {base:02x}{sub:02x}{interface:02x}), not an NVMe controller; attach one of class 010802",
-                class_words(base, sub)
-            ),
-        }),
+    if (base, sub, interface) == (0xff, 0xff, 0xff) {
+        return Err(NvmeError::Gone { device });
     }
+    match class_refusal(base, sub, interface) {
+        Some(reason) => Err(NvmeError::Refused { device, reason }),
+        None => Ok(()),
+    }
+}
+
+fn class_refusal(base: u8, sub: u8, interface: u8) -> Option<String> {
+    let words = class_words(base, sub);
+    ((base, sub, interface) != NVME_CLASS).then(|| {
+        format!(
+            "it is a {words} (PCI class {base:02x}{sub:02x}{interface:02x}), not an NVMe controller; attach one of class 010802"
+        )
+    })
 }
 
 fn class_words(base: u8, sub: u8) -> &'static str {
@@ -277,5 +282,21 @@ fn check<R: Registers>(
         sets => Err(bar.refused(format!(
             "it has no NVM command set (CAP.CSS is {sets:#x}); attach a controller for I/O"
         ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::class_refusal;
+
+    #[test]
+    fn only_controllers_for_nvme_io_pass() {
+        assert_eq!(class_refusal(0x01, 0x08, 0x02), None);
+        let words = class_refusal(0x02, 0x00, 0x00).unwrap();
+        assert!(words.contains("network controller (PCI class 020000)"), "{words}");
+        // AHCI; an NVMe administrative controller.
+        for class in [(0x01, 0x06, 0x01), (0x01, 0x08, 0x03)] {
+            assert!(class_refusal(class.0, class.1, class.2).is_some());
+        }
     }
 }

@@ -363,6 +363,8 @@ impl<B: PciBacking> Keeper<B> {
     /// Out of the reactors, to be dropped here.
     fn take_pairs_back(&mut self) {
         let key = self.common.key;
+        // Channels may be on their way out.
+        let start = Instant::now();
         for own in &self.common.homes {
             let waiting = own.waiting.lock().ok().and_then(|mut waiting| waiting.take());
             if waiting.is_some() {
@@ -387,8 +389,6 @@ impl<B: PciBacking> Keeper<B> {
                     }
                 })
             };
-            // Channels may be on their way out.
-            let start = Instant::now();
             let mut taken = take();
             while matches!(taken, Some(None)) && start.elapsed() < OBEY_SOON {
                 std::thread::sleep(LOOK_FOR);

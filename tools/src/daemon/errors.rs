@@ -60,6 +60,7 @@ pub(super) fn nvme_error(error: &NvmeError) -> EngineError {
         NvmeError::Pci(PciError::Gone { .. })
         | NvmeError::Dma(DmaError::Gone { .. })
         | NvmeError::Gone { .. }
+        | NvmeError::Wanted { .. }
         | NvmeError::Down { .. } => libc::ENODEV,
         NvmeError::Pci(PciError::Refused { .. }) | NvmeError::Refused { .. } => libc::EINVAL,
         NvmeError::Dma(_) | NvmeError::Memory(_) | NvmeError::Queue(_) => libc::ENOMEM,

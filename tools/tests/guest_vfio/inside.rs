@@ -189,7 +189,7 @@ fn until_lost() {
     let (mut good_count, mut bad_count, mut next) = (0_u64, 0_u64, 0_u64);
     let mut first: Option<Instant> = None;
     loop {
-        for slot in 0..DEPTH as u32 {
+        for slot in 0..u32::try_from(DEPTH).expect("a few") {
             if first.is_none() && !port.out[slot as usize] {
                 let offset = next % (16 << 20);
                 next += 4096;

@@ -119,7 +119,8 @@ impl Stack {
 
     fn digest(&mut self, disk: &str) -> Result<String, LabError> {
         let said = self.inside("digest", disk, &format!("RINGMILL_SPAN={SPAN_MIB}"))?;
-        let line = said.lines().find_map(|line| line.split_once("digest "));
+        // The test's own name comes before it on the same line.
+        let line = said.lines().find_map(|line| line.rsplit_once("... digest "));
         Ok(line.unwrap_or_else(|| panic!("no digest in {said}")).1.to_owned())
     }
 
@@ -311,12 +312,11 @@ fn plugged_out_and_in(stack: &mut Stack, image: &Path) -> Outcome {
     stack.lent.guest.qmp().execute("device_del", &json!({ "id": "nvme2" }))?;
     let started = Instant::now();
     let said = end(stack, "until_lost")?;
-    eprintln!(
-        "{}after {:?}: {}",
-        "",
-        started.elapsed(),
-        said.lines().find(|l| l.starts_with("lost")).unwrap_or("?")
-    );
+    let lost = said
+        .lines()
+        .find_map(|line| line.split_once("lost after "))
+        .unwrap_or_else(|| panic!("{said}"));
+    eprintln!("device_del, {:?} later: after {}", started.elapsed(), lost.1);
     let away = format!(
         "for i in $(seq 600); do [ -e /sys/bus/pci/devices/{HOT} ] || exit 0; sleep 0.1; done; tail /run/daemon.log; dmesg | tail; exit 1"
     );
