@@ -704,3 +704,55 @@ fn a_bdev_that_goes_while_memory_is_mapped_lets_rings_answer() {
     drop(front);
     host.end();
 }
+
+#[test]
+fn what_a_front_end_says_while_the_bdev_goes_keeps_nothing_mapped() {
+    let host = Host::start(false);
+    let (mut front, mut load, data) = host.running();
+    load.tolerates_errors = true;
+    load.drain(&[&data]);
+    host.watch.holds.store(true, Ordering::Relaxed);
+    load.submit(&data);
+    assert!(wait_for(|| host.watch.out_count() > 0));
+    host.order(Order::RemoveBdev);
+    std::thread::sleep(MOMENT);
+    // Both come while rings are still letting go of the bdev: another ring, and more memory.
+    let second = Load::new(Memory::new(0, RINGS_BYTES), 1, SLOTS, DATA_GUEST);
+    front.start(&second.ring, 0);
+    let more = Memory::new(MORE_GUEST, DATA_LEN);
+    front.send_add_memory(&more);
+    std::thread::sleep(MOMENT);
+    assert_eq!(host.watch.counts(), (2, 0), "requests are out");
+    host.watch.holds.store(false, Ordering::Relaxed);
+    front.added();
+    host.watch.expect(2, 2);
+    load.run(&data, 50);
+    host.expect_views(&[(true, PinView::Off)]);
+    host.watch.expect(2, 2);
+    drop(front);
+    host.end();
+}
+
+#[test]
+fn a_bdev_that_goes_while_memory_is_added_ends_that_without_a_refusal() {
+    for mood in [Mood::Refuses, Mood::Takes] {
+        let host = Host::start(false);
+        let (mut front, mut load, data) = host.running();
+        load.tolerates_errors = true;
+        load.submit(&data);
+        host.watch.set(Mood::Waits);
+        let more = Memory::new(MORE_GUEST, DATA_LEN);
+        front.send_add_memory(&more);
+        host.watch.asked(3);
+        host.order(Order::RemoveBdev);
+        std::thread::sleep(MOMENT);
+        host.watch.set(mood);
+        front.added();
+        let maps = if mood == Mood::Takes { 3 } else { 2 };
+        host.watch.expect(maps, maps);
+        load.run(&data, 50);
+        host.expect_views(&[(true, PinView::Off)]);
+        drop(front);
+        host.end();
+    }
+}

@@ -89,6 +89,22 @@ pub trait DmaDomain: Send + Sync + fmt::Debug {
     /// [`DmaError`]; nothing is reachable then that was not before.
     fn map(&self, mapping: &Arc<Mapping>) -> Result<(), DmaError>;
 
+    /// The same, and `wanted` is asked as often as the domain can stop: before it begins, and between pieces where it maps in
+    /// pieces. False when it said no; nothing is reachable then that was not before.
+    ///
+    /// # Errors
+    /// As for [`DmaDomain::map`].
+    fn map_while(
+        &self,
+        mapping: &Arc<Mapping>,
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<bool, DmaError> {
+        if !wanted() {
+            return Ok(false);
+        }
+        self.map(mapping).map(|()| true)
+    }
+
     /// Ends that. The caller knows that no request of the device touches this memory. A domain that was closed meanwhile
     /// has ended it already.
     fn unmap(&self, mapping: &Arc<Mapping>);
@@ -112,6 +128,19 @@ impl DmaMap {
     pub fn new(domain: &Arc<dyn DmaDomain>, mapping: &Arc<Mapping>) -> Result<DmaMap, DmaError> {
         domain.map(mapping)?;
         Ok(DmaMap { domain: Arc::clone(domain), mapping: Arc::clone(mapping) })
+    }
+
+    /// The same while `wanted` says so; `None` when it said no.
+    ///
+    /// # Errors
+    /// As for [`DmaDomain::map`].
+    pub fn new_while(
+        domain: &Arc<dyn DmaDomain>,
+        mapping: &Arc<Mapping>,
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<Option<DmaMap>, DmaError> {
+        let is_mapped = domain.map_while(mapping, wanted)?;
+        Ok(is_mapped.then(|| DmaMap { domain: Arc::clone(domain), mapping: Arc::clone(mapping) }))
     }
 
     /// The memory.
@@ -156,7 +185,7 @@ impl MemTable {
     }
 
     /// Makes the rest of it reachable in `domain`. Blocks while pages are pinned, seconds for a large guest; `wanted` is asked
-    /// before each region. False when it said no. In that case and after an error, what was mapped here ends with the table.
+    /// before each region and, by [`DmaDomain::map_while`], within it. False when it said no. In that case and after an error, what was mapped here ends with the table.
     ///
     /// # Errors
     /// As for [`DmaDomain::map`].
@@ -170,13 +199,13 @@ impl MemTable {
             if region.dma.is_some() {
                 continue;
             }
-            if !wanted() {
-                return Ok(false);
-            }
             // Two regions of one mapping are one piece of memory for the device.
             let map = match self.dma_of(region.mapping()) {
                 Some(map) => Arc::clone(map),
-                None => Arc::new(DmaMap::new(domain, region.mapping())?),
+                None => match DmaMap::new_while(domain, region.mapping(), &wanted)? {
+                    Some(map) => Arc::new(map),
+                    None => return Ok(false),
+                },
             };
             self.regions[at].dma = Some(map);
         }

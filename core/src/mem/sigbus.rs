@@ -6,20 +6,50 @@
 #![expect(unsafe_code)] // UNSAFETY: a signal handler and MAP_FIXED over ranges that this table owns.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
 
 use crate::limits::FOREIGN_MAPPINGS_MAX;
 
 struct Entry {
-    /// 0: free. Published last, cleared first.
+    /// Odd while the entry is free or changes. Addresses recur, so `start` alone does not tell one use from the next.
+    generation: AtomicU64,
     start: AtomicUsize,
     len_bytes: AtomicUsize,
     failed: AtomicBool,
     claimed: AtomicBool,
 }
 
+impl Entry {
+    /// Enters a mapping into a free entry. The caller has claimed it.
+    fn publish(&self, start: usize, len_bytes: usize) {
+        // What follows `retire`, or the beginning, must not be seen with the even number before it.
+        fence(Ordering::Release);
+        self.failed.store(false, Ordering::Relaxed);
+        self.len_bytes.store(len_bytes, Ordering::Relaxed);
+        self.start.store(start, Ordering::Relaxed);
+        self.generation.fetch_add(1, Ordering::Release);
+    }
+
+    /// Frees it.
+    fn retire(&self) {
+        self.generation.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Start and length of one mapping; `None` when the entry is free or has changed meanwhile. `between` is for tests.
+    fn read(&self, between: impl FnOnce()) -> Option<(usize, usize)> {
+        let before = self.generation.load(Ordering::Acquire);
+        let start = self.start.load(Ordering::Relaxed);
+        between();
+        let len_bytes = self.len_bytes.load(Ordering::Relaxed);
+        fence(Ordering::Acquire);
+        let is_one = before % 2 == 0 && self.generation.load(Ordering::Relaxed) == before;
+        is_one.then_some((start, len_bytes))
+    }
+}
+
 static TABLE: [Entry; FOREIGN_MAPPINGS_MAX] = [const {
     Entry {
+        generation: AtomicU64::new(1),
         start: AtomicUsize::new(0),
         len_bytes: AtomicUsize::new(0),
         failed: AtomicBool::new(false),
@@ -51,9 +81,7 @@ impl Guard {
             {
                 continue;
             }
-            entry.failed.store(false, Ordering::Relaxed);
-            entry.len_bytes.store(len_bytes, Ordering::Relaxed);
-            entry.start.store(start, Ordering::Release);
+            entry.publish(start, len_bytes);
             return Some(Guard { index });
         }
         None
@@ -67,7 +95,7 @@ impl Guard {
 impl Drop for Guard {
     fn drop(&mut self) {
         let entry = &TABLE[self.index];
-        entry.start.store(0, Ordering::Relaxed);
+        entry.retire();
         entry.claimed.store(false, Ordering::Release);
     }
 }
@@ -80,13 +108,9 @@ extern "C" fn handler(
     // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler.
     let addr = unsafe { (*info).si_addr() } as usize;
     for entry in &TABLE {
-        let start = entry.start.load(Ordering::Acquire);
-        let len_bytes = entry.len_bytes.load(Ordering::Acquire);
-        if entry.start.load(Ordering::Acquire) != start {
-            // Recycled between the two loads: not ours any more.
-            continue;
-        }
-        if start == 0 || addr < start || addr - start >= len_bytes {
+        // The mapping that faulted stays registered meanwhile, so an entry that changes is another one's.
+        let Some((start, len_bytes)) = entry.read(|| {}) else { continue };
+        if addr < start || addr - start >= len_bytes {
             continue;
         }
         // Raised first, so that nobody takes the zeroes that follow for the owner's.
@@ -125,4 +149,31 @@ pub fn install_sigbus_handler() -> io::Result<()> {
     // SAFETY: `action` is initialised and `handler` has the signature that SA_SIGINFO asks for.
     let rc = unsafe { libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut()) };
     if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_that_is_used_again_at_the_same_address_is_not_read_as_one() {
+        let entry = Entry {
+            generation: AtomicU64::new(1),
+            start: AtomicUsize::new(0),
+            len_bytes: AtomicUsize::new(0),
+            failed: AtomicBool::new(false),
+            claimed: AtomicBool::new(true),
+        };
+        assert_eq!(entry.read(|| {}), None, "free");
+        entry.publish(0x1000, 1);
+        assert_eq!(entry.read(|| {}), Some((0x1000, 1)));
+        let reuse = || {
+            entry.retire();
+            entry.publish(0x1000, 0x10_0000);
+        };
+        assert_eq!(entry.read(reuse), None, "the start of one, the length of the other");
+        assert_eq!(entry.read(|| {}), Some((0x1000, 0x10_0000)));
+        assert_eq!(entry.read(|| entry.retire()), None);
+        assert_eq!(entry.read(|| {}), None);
+    }
 }

@@ -187,11 +187,22 @@ pub(super) fn borrow(container: &VfioContainer) -> BorrowedFd<'_> {
 }
 
 /// VFIO_IOMMU_MAP_DMA for the whole pages of a mapping.
-pub(super) fn map_dma(container: &VfioContainer, iova: u64, memory: &Mapping) -> io::Result<()> {
-    let (host, len_bytes) = memory.pages();
+///
+/// Maps `len_bytes` of the memory's pages from `at` on.
+pub(super) fn map_dma(
+    container: &VfioContainer,
+    iova: u64,
+    memory: &Mapping,
+    at: usize,
+    len_bytes: usize,
+) -> io::Result<()> {
+    let (host, all_bytes) = memory.pages();
+    if at.checked_add(len_bytes).is_none_or(|end| end > all_bytes) {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
     // SAFETY: nobody makes references into a `Mapping`, its users copy or access it by atomics, as the callee wants; should
     // it be unmapped before the device lets go of it, its pages stay pinned and belong to nobody else.
-    unsafe { container.vfio_dma_map(iova, len_bytes, host.0 as *mut u8) }.map_err(errno)
+    unsafe { container.vfio_dma_map(iova, len_bytes, (host.0 + at) as *mut u8) }.map_err(errno)
 }
 
 /// VFIO_IOMMU_UNMAP_DMA.

@@ -192,14 +192,19 @@ impl FrontEnd {
         let Some(status) = self.shared.status(index) else { return };
         let (vid, number, events) = (self.vid, self.shared.number, self.shared.events.clone());
         let start = ring.start.clone();
-        let Some(windows) = format::windows(&self.mem, &start) else {
+        // A ring that starts while the bdev goes must not keep memory mapped: what rings share is unmapped after this.
+        let mem = match &self.bdev {
+            Some(_) => Arc::clone(&self.mem),
+            None => Arc::new(self.mem.without_dma()),
+        };
+        let Some(windows) = format::windows(&mem, &start) else {
             tracing::error!(controller = %self.shared.name, "queue {index}: its rings are not in guest memory any more");
             return;
         };
         let parts = WorkerParts {
             queue: (),
             tracking: NoTracking,
-            mem: Arc::clone(&self.mem),
+            mem,
             device: Arc::clone(&self.shared.device),
             channel: Box::new(InstantChannel::new(IoStatus::Gone)),
             status,
@@ -256,7 +261,9 @@ impl FrontEnd {
     /// The bdev goes: after this the rings answer every request with an error.
     pub(super) fn lose_bdev(&mut self) {
         self.bdev = None;
-        self.begin(Kind::LoseBdev);
+        self.mapping_wanted.store(false, Ordering::Relaxed);
+        // Before all that waits: until then rings use the bdev, in memory that it must reach.
+        self.queued.push_front(Kind::LoseBdev);
     }
 
     /// True once no ring and no new ring can use the bdev.

@@ -44,9 +44,14 @@ impl FrontEnd {
         let current = self.current.as_ref().map(|current| &current.kind);
         let is_new = !current.into_iter().chain(&self.queued).any(lets_go);
         if is_new {
+            self.mapping_wanted.store(false, Ordering::Relaxed);
             self.begin(Kind::UnmapMemory);
         }
         is_new
+    }
+
+    fn is_letting_go(&self) -> bool {
+        self.queued.iter().any(|kind| matches!(kind, Kind::UnmapMemory))
     }
 
     /// True while memory is mapped for rings that are on no reactor yet, and nothing else is under way.
@@ -99,7 +104,8 @@ impl FrontEnd {
     ) -> Progress {
         let table = Arc::new(table);
         if self.is_busy() || self.mem.has_dma() || self.domain().is_some() {
-            self.begin(kind(table));
+            // Until its turn comes, it must not keep mapped what others unmap; `map` shares what is mapped then.
+            self.begin(kind(Arc::new(table.without_dma())));
             return Progress::Pending;
         }
         self.mem = table;
@@ -109,7 +115,7 @@ impl FrontEnd {
 
     /// The phase in which the device is made to reach what it does not of the operation's table.
     pub(super) fn map(&mut self) {
-        let domain = self.domain();
+        let (domain, is_closing) = (self.domain(), self.is_closing());
         let Some(operation) = &mut self.current else { return };
         let wanted = match &operation.kind {
             Kind::ReplaceMemory(mem) | Kind::AddMemory(mem) => mem,
@@ -123,14 +129,21 @@ impl FrontEnd {
         operation.waiting = 1;
         let (vid, number) = (self.vid, operation.number);
         let (controller, events) = (self.shared.number, self.shared.events.clone());
-        let still = Arc::new(AtomicBool::new(true));
+        let still = Arc::new(AtomicBool::new(!is_closing));
         self.mapping_wanted = Arc::clone(&still);
         let job = move || {
-            // After a refusal the table, and with it what was mapped so far, goes here.
-            let result = match table.map_into(&domain, || still.load(Ordering::Relaxed)) {
-                Ok(true) => Ok(table),
-                Ok(false) => Err("nobody needs it any more".to_owned()),
-                Err(error) => Err(error.to_string()),
+            let problem = match table.map_into(&domain, || still.load(Ordering::Relaxed)) {
+                Ok(true) => None,
+                Ok(false) => Some("nobody needs it any more".to_owned()),
+                Err(error) => Some(error.to_string()),
+            };
+            let result = match problem {
+                None => Ok(table),
+                Some(problem) => {
+                    // What was mapped so far goes here, before anybody is told.
+                    drop(table);
+                    Err(problem)
+                }
             };
             events.send(controller, EventKind::Mapped { vid, operation: number, result });
         };
@@ -149,12 +162,12 @@ impl FrontEnd {
 
     /// The thread is done.
     pub(in crate::blk) fn on_mapped(&mut self, number: u64, result: Result<MemTable, String>) {
+        let is_needed = self.domain().is_some();
         let Some(current) = self.current.as_mut().filter(|c| c.number == number) else { return };
         current.waiting = 0;
         match result {
             Ok(table) => self.set_mapped(table),
-            // Without a bdev requests end with errors, wherever their data lies.
-            Err(_) if self.bdev.is_none() => {}
+            Err(_) if !is_needed => self.put_off(),
             Err(problem) => {
                 let says_so = matches!(current.kind, Kind::MapMemory);
                 self.unmappable_count += 1;
@@ -169,10 +182,18 @@ impl FrontEnd {
         }
     }
 
+    /// The device need not reach the memory any more: the operation begins anew and maps nothing then. Rings that still have
+    /// the bdev let go of it first, as they may only run in memory that it reaches.
+    fn put_off(&mut self) {
+        let Some(operation) = self.current.take() else { return };
+        let loses = matches!(self.queued.front(), Some(Kind::LoseBdev));
+        self.queued.insert(usize::from(loses), operation.kind);
+    }
+
     /// What follows after memory was mapped for rings that wait.
     pub(super) fn mapped_or_not(&mut self, problem: Option<String>) -> Turn {
         match problem {
-            Some(_) if self.is_closing() => Turn::Nothing,
+            Some(_) if self.is_closing() || self.is_letting_go() => Turn::Nothing,
             Some(problem) => Turn::SendAway(problem),
             None => {
                 self.start_rings();
