@@ -42,7 +42,7 @@ impl Entry {
         between();
         let len_bytes = self.len_bytes.load(Ordering::Relaxed);
         fence(Ordering::Acquire);
-        let is_one = before % 2 == 0 && self.generation.load(Ordering::Relaxed) == before;
+        let is_one = before.is_multiple_of(2) && self.generation.load(Ordering::Relaxed) == before;
         is_one.then_some((start, len_bytes))
     }
 }

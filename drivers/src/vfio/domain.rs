@@ -343,7 +343,10 @@ mod tests {
         for (iova, len) in live {
             assert_eq!(iova, next, "no gap");
             next += bytes_u64(len);
-            assert!(next % PIECE_BYTES == 0 || next == GIB + 8192 + bytes_u64(mapping.pages().1));
+            assert!(
+                next.is_multiple_of(PIECE_BYTES)
+                    || next == GIB + 8192 + bytes_u64(mapping.pages().1)
+            );
         }
         domain.unmap(&mapping);
         assert!(slow.live.lock().unwrap().is_empty());
