@@ -115,14 +115,23 @@ impl NvmeRig {
                 flags: IoFlags::NONE,
             });
         }
-        Ok(NvmeRig { channel, cx, batch, done: Completions::new(), disk, _table: table })
+        let mut rig = NvmeRig { channel, cx, batch, done: Completions::new(), disk, _table: table };
+        // A new pair begins to work when it has heard that it may.
+        while rig.channel.room(&rig.cx.io).requests == 0 {
+            rig.commit();
+        }
+        Ok(rig)
+    }
+
+    fn commit(&mut self) {
+        let now_ns = self.cx.io.clock.now_ns();
+        self.cx.io.devices.commit(now_ns);
     }
 
     /// Puts the batch into the device's queue and rings; the number of requests.
     pub fn submit(&mut self) -> usize {
         let taken = self.channel.submit(&mut self.cx.io, black_box(self.batch.view()));
-        let now_ns = self.cx.io.clock.now_ns();
-        self.cx.io.devices.commit(now_ns);
+        self.commit();
         taken
     }
 
@@ -148,8 +157,7 @@ impl NvmeRig {
     pub fn reap(&mut self) -> usize {
         self.done.clear();
         self.channel.poll(&mut self.cx.io, &mut self.done);
-        let now_ns = self.cx.io.clock.now_ns();
-        self.cx.io.devices.commit(now_ns);
+        self.commit();
         self.done.iter().filter(|completion| completion.status.is_ok()).count()
     }
 }

@@ -718,7 +718,7 @@ fn what_a_front_end_says_while_the_bdev_goes_keeps_nothing_mapped() {
     std::thread::sleep(MOMENT);
     // Both come while rings are still letting go of the bdev: another ring, and more memory.
     let second = Load::new(Memory::new(0, RINGS_BYTES), 1, SLOTS, DATA_GUEST);
-    front.start(&second.ring, 0);
+    front.send_start(&second.ring, 0);
     let more = Memory::new(MORE_GUEST, DATA_LEN);
     front.send_add_memory(&more);
     std::thread::sleep(MOMENT);

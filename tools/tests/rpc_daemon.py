@@ -416,7 +416,20 @@ def round_trip():
         call(f"bdev_{kind}_delete", name=name)
 
 
-for part in [wire, framework, bdevs, vhost, figures, round_trip]:
+def nvme():
+    """Controllers that are not there; tests with one in software are the daemon's own."""
+    check(call("bdev_nvme_set_options", action_on_timeout="abort", timeout_us=5000000) is True, "options")
+    fails(-32602, "action_on_timeout", "bdev_nvme_set_options", action_on_timeout="panic")
+    check(call("bdev_nvme_get_controllers") == [], "no controllers")
+    fails(ENODEV, "Nvme9", "bdev_nvme_get_controllers", name="Nvme9")
+    fails(-32602, "RDMA", "bdev_nvme_attach_controller", name="Nvme0", trtype="RDMA", traddr="1.2.3.4")
+    error = raw("bdev_nvme_attach_controller", {"name": "Nvme0", "trtype": "PCIe", "traddr": "ffff:fe:1f.7"})["error"]
+    check(error["code"] < 0 and "ffff:fe:1f.7" in error["message"], f"{error}")
+    for method in ["detach_controller", "reset_controller", "get_controller_health_info"]:
+        fails(ENODEV, "Nvme9", f"bdev_nvme_{method}", name="Nvme9")
+
+
+for part in [wire, framework, bdevs, vhost, figures, nvme, round_trip]:
     part()
 missed = set(call("rpc_get_methods")) - called - {"framework_wait_init"}
 check(not missed, f"methods never called: {sorted(missed)}")

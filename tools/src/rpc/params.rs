@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 
 use super::{error::RpcError, nearest::hint};
 
-/// Limits from here on are the machine's, not the method's; people need not see them.
+/// This limit and that of 64 bits are the machine's, not the method's; people need not see them.
 const U32_MAX: u64 = 0xffff_ffff;
 
 /// Type of a parameter.
@@ -38,7 +38,7 @@ impl fmt::Display for Kind {
         match self {
             Self::Text => write!(f, "a string"),
             Self::Flag => write!(f, "true or false"),
-            Self::Number(U32_MAX..) => write!(f, "a whole number"),
+            Self::Number(U32_MAX | u64::MAX) => write!(f, "a whole number"),
             Self::Number(max) => write!(f, "a whole number from 0 to {max}"),
             Self::Texts => write!(f, "an array of strings"),
             Self::Numbers => write!(f, "an array of whole numbers"),

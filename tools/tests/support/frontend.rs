@@ -256,6 +256,12 @@ impl FrontEnd {
         self.send(SET_VRING_KICK, &words(&[u64::from(ring.index)]), &[ring.kick.as_fd()], false);
     }
 
+    /// The same, and enables it.
+    pub fn send_start(&mut self, ring: &Ring, base: u16) {
+        self.start_blindly(ring, base);
+        self.send(SET_VRING_ENABLE, &state(ring.index, 1), &[], false);
+    }
+
     fn prepare(&mut self, ring: &Ring, base: u16) {
         let index = ring.index;
         let user = ring.memory_guest + USER_OFFSET;

@@ -92,7 +92,10 @@ fn a_level_stays_until_the_queue_is_empty() {
     // Unmasked without having taken anything: again.
     rig.backing.unmask(0).unwrap();
     assert!(is_signalled(&fd, SOON));
+    let seen = rig.control.count(Count::Doorbells);
     rig.wait(&mut pair);
+    // Only then it knows that the queue is empty.
+    rig.eventually(|rig| rig.control.count(Count::Doorbells) > seen);
     rig.backing.unmask(0).unwrap();
     assert!(!is_signalled(&fd, NOT));
     flush(&mut rig, &mut pair);
