@@ -162,11 +162,15 @@ fn uring(count: &mut Count) -> anyhow::Result<()> {
     let bdev = Arc::new(UringBdev::open("bench", &options)?);
     let mut ring = Ring::new(&[])?;
     ring.enable()?;
-    let mut rig = WorkerRig::<Split>::new(bdev, false, Some(ring))?;
+    two_passes(count, WorkerRig::<Split>::new(bdev, false, Some(ring))?)
+}
+
+/// For media that answer by themselves: batches of 32.
+fn two_passes(count: &mut Count, mut rig: WorkerRig<Split>) -> anyhow::Result<()> {
     for round in 0..WARM_ROUNDS + ROUNDS {
         let mut fresh = 32;
         rig.round(32, |rig| {
-            // Two passes, however long the kernel takes: one submits, one finds everything finished.
+            // Two passes, however long the medium takes: one submits, one finds everything finished.
             let mut pass = || {
                 rig.pass();
                 rig.turn_ring();
@@ -211,23 +215,7 @@ fn nvme_alone(count: &mut Count, batch: usize) -> anyhow::Result<()> {
 
 fn nvme(count: &mut Count) -> anyhow::Result<()> {
     let disk = NvmeDisk::new()?;
-    let mut rig = WorkerRig::<Split>::new(Arc::clone(&disk.bdev), false, None)?;
-    for round in 0..WARM_ROUNDS + ROUNDS {
-        let mut fresh = 32;
-        rig.round(32, |rig| {
-            let mut pass = || {
-                rig.pass();
-                rig.turn_ring();
-            };
-            if round < WARM_ROUNDS {
-                pass();
-            } else {
-                count.window(std::mem::take(&mut fresh), pass);
-            }
-            std::thread::sleep(SETTLE);
-        })?;
-    }
-    Ok(())
+    two_passes(count, WorkerRig::<Split>::new(Arc::clone(&disk.bdev), false, None)?)
 }
 
 /// A pass over a queue in which there is nothing.
