@@ -183,7 +183,7 @@ fn fatal_and_gone_end_everything_at_once() {
     let (mut rig, mut pair) = rig();
     rig.control.rule(Match::io(nvm::READ).once(), Action::Fatal);
     start_read(&mut rig, &mut pair, 1);
-    assert_eq!(rig.regs.read_u32(reg::CSTS), csts::RDY | csts::CFS);
+    rig.eventually(|rig| rig.regs.read_u32(reg::CSTS) == csts::RDY | csts::CFS);
     rig.disable();
     rig.enable();
     let mut pair = rig.pair(1, 16);
