@@ -367,7 +367,7 @@ fn out_of_reach(
              echo $? >/run/{disk}.code ) >/dev/null 2>&1 &\n"
         )
     };
-    stack.sh(&format!("{}sleep 5", load(disk, "-q 8 -t 15 --timeout 120")))?;
+    stack.sh(&format!("{}sleep 5", load(disk, "-q 8 -t 25 --timeout 120")))?;
     stack.sh(&load("ram", "-q 2 -t 12 --timeout 60"))?;
     set_reach(stack, false)?;
     std::thread::sleep(OUTAGE);
