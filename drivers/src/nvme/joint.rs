@@ -10,7 +10,7 @@ use std::sync::mpsc::{Sender, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
 
-use ringmill_core::mem::{DmaDomain, DmaError, DmaMap, bounce_memory};
+use ringmill_core::mem::DmaDomain;
 use ringmill_core::reactor::{DeviceKey, ReactorHandle};
 
 use super::bdev::NvmeBdev;
@@ -114,7 +114,6 @@ pub(super) struct Joint<B: PciBacking> {
     pub(super) tally: Tally,
     requests: Sender<Request<B>>,
     nudge: Arc<OwnedFd>,
-    bounces: Mutex<Vec<DmaMap>>,
     status: Mutex<Status<B>>,
     figures: Mutex<PairFigures>,
     detached: AtomicBool,
@@ -156,7 +155,6 @@ impl<B: PciBacking> Joint<B> {
             tally: Tally::default(),
             requests: parts.requests,
             nudge: parts.nudge,
-            bounces: Mutex::default(),
             status: Mutex::new(Status {
                 state: ControllerState::Enabled,
                 last_error: None,
@@ -213,29 +211,9 @@ impl<B: PciBacking> Joint<B> {
         answer.recv().map_err(|_| self.down())
     }
 
-    /// Makes all bounce buffers that there are now reachable; each pool once.
-    pub(super) fn map_bounces(&self) -> Result<(), DmaError> {
-        let mut maps = locked(&self.bounces);
-        // A pool that only we hold belongs to a reactor that has ended.
-        maps.retain(|map| Arc::strong_count(map.mapping()) > 1);
-        for pool in bounce_memory() {
-            if !maps.iter().any(|map| Arc::ptr_eq(map.mapping(), &pool)) {
-                maps.push(DmaMap::new(&self.domain, &pool)?);
-            }
-        }
-        Ok(())
-    }
-
-    /// The end, after the device was closed: no memory is held for it, and namespaces do not keep this alive.
+    /// The end, after the device was closed: namespaces do not keep this alive.
     pub(super) fn forget(&self) {
-        self.unmap_bounces();
         self.status().namespaces.clear();
-    }
-
-    /// Forgets them, once the device is closed.
-    pub(super) fn unmap_bounces(&self) {
-        let maps = std::mem::take(&mut *locked(&self.bounces));
-        drop(maps);
     }
 
     pub(super) fn count_pair(&self, shared: &Arc<QueueShared>) {

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use ringmill_core::IoStatus;
 use ringmill_core::limits::NVME_CQ_LAZY_ENTRIES;
-use ringmill_core::mem::{IovaOffset, SharedSlice};
+use ringmill_core::mem::{BouncePool, IovaOffset, SharedSlice};
 use ringmill_core::reactor::{ClientId, DeviceQueue, Ring};
 use ringmill_core::spec::nvme::Cqe;
 use ringmill_core::units::{Iova, bytes_u64};
@@ -86,6 +86,7 @@ pub struct QueuePair<R> {
     pub(super) client: Option<ClientId>,
     pub(super) bound: bool,
     pub(super) watched: bool,
+    bounces: BouncePool,
     /// Kept until the device knows these addresses no longer.
     _memory: Arc<QueueMemory>,
 }
@@ -142,6 +143,7 @@ impl<R: Registers> QueuePair<R> {
             client: None,
             bound: false,
             watched: false,
+            bounces: memory.bounces(),
             _memory: memory,
         })
     }
@@ -290,6 +292,10 @@ impl<R: Registers> DeviceQueue for QueuePair<R> {
         if now_ns >= self.look_due_ns {
             self.look();
         }
+    }
+
+    fn bounces(&mut self) -> Option<&mut BouncePool> {
+        Some(&mut self.bounces)
     }
 
     #[cold]
