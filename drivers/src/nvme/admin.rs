@@ -27,7 +27,7 @@ const ENTRIES: u16 = 32;
 const EVENTS_OUT_MAX: usize = 4;
 
 /// Events that came and were not looked at. More of a kind say nothing new.
-const EVENTS_KEPT_MAX: usize = 16;
+pub(super) const EVENTS_KEPT_MAX: usize = 16;
 
 /// CIDs of event requests; those of commands are below.
 const EVENT_CID_FIRST: u16 = 0x8000;
@@ -78,7 +78,7 @@ pub(super) struct AdminQueue {
     broken: bool,
     sq_doorbell_bytes: usize,
     cq_doorbell_bytes: usize,
-    /// The page of doorbells in memory, once the device has been told about it.
+    /// The page of doorbells in memory, where the device is told about it.
     shadow: Option<SharedSlice>,
     iova: u64,
     /// Last: the device reaches the memory until here.
@@ -148,9 +148,23 @@ impl AdminQueue {
         self.broken
     }
 
-    /// From now on the device may look into this page instead of at its registers.
-    pub(super) fn use_shadow(&mut self, page: SharedSlice) {
-        self.shadow = Some(page);
+    /// Before the device is told of these pages: from now on their words follow the doorbells (Base 2.0 §5.8: the host keeps
+    /// both the same for the admin queue). Zeroes would be a tail from before the commands that were sent already.
+    pub(super) fn use_shadow(&mut self, values: SharedSlice, event_indices: &SharedSlice) {
+        let first = doorbell_offset(0, false, 0);
+        for (at, value) in
+            [(self.sq_doorbell_bytes, self.tail), (self.cq_doorbell_bytes, self.head)]
+        {
+            for page in [&values, event_indices] {
+                page.store_u32(at - first, u32::from(value), Ordering::Release);
+            }
+        }
+        self.shadow = Some(values);
+    }
+
+    /// The device does not look there.
+    pub(super) fn forget_shadow(&mut self) {
+        self.shadow = None;
     }
 
     fn ring<R: Registers>(&self, bar: &Bar<R>, completion: bool) {

@@ -15,7 +15,7 @@ use ringmill_core::spec::nvme::{cc, csts};
 use super::admin::AdminQueue;
 use super::identify::{ControllerData, SetLimits};
 use super::parts::QueueMemory;
-use super::queues::ShadowPages;
+use super::queues::Shadow;
 use super::quirks::{INIT_DELAY, Quirks, READY_DELAY};
 use super::registers::{Bar, Capabilities, doorbell_offset, enabled_configuration};
 use super::{NvmeError, NvmeOptions};
@@ -51,7 +51,7 @@ pub(super) struct Controller<B: PciBacking> {
     pub(super) admin: AdminQueue,
     pub(super) data: ControllerData,
     pub(super) limits: SetLimits,
-    pub(super) shadow: Option<ShadowPages>,
+    pub(super) shadow: Shadow,
     /// Memory of queues whose creation failed: the device may have made them. Held until it has stopped.
     pub(super) orphans: Vec<Arc<QueueMemory>>,
     pub(super) timeout_admin: Duration,
@@ -90,7 +90,7 @@ impl<B: PciBacking> Controller<B> {
             admin,
             data: ControllerData::parse(&[], quirks),
             limits: SetLimits::default(),
-            shadow: None,
+            shadow: Shadow::Undecided,
             orphans: Vec::new(),
             timeout_admin: options.timeout_admin,
             ready_most: options.ready_timeout_max,

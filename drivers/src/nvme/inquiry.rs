@@ -172,13 +172,13 @@ impl<B: PciBacking> Controller<B> {
         Ok(())
     }
 
-    /// Reads the log page of an event, without which it does not come again.
+    /// Reads the log page of an event, without which it does not come again. A page that it does not know needs no reading.
     pub(super) fn clear_event(&mut self, event: Event) -> Result<(), NvmeError> {
         let len_bytes =
             if event.log_page == log::CHANGED_NAMESPACES { IDENTIFY_BYTES } else { LOG_PEEK_BYTES };
         match self.log_page(event.log_page, len_bytes) {
-            Err(error) if refused_with(&error).is_none() => Err(error),
-            _ => Ok(()),
+            Err(error) if refused_with(&error).is_some_and(is_unknown) => Ok(()),
+            end => end.map(|_| ()),
         }
     }
 }

@@ -118,6 +118,7 @@ pub(super) struct Joint<B: PciBacking> {
     status: Mutex<Status<B>>,
     figures: Mutex<PairFigures>,
     detached: AtomicBool,
+    shadow_lost: AtomicBool,
     early_news: Mutex<VecDeque<DeviceNews>>,
 }
 
@@ -165,12 +166,22 @@ impl<B: PciBacking> Joint<B> {
             }),
             figures: Mutex::default(),
             detached: AtomicBool::new(false),
+            shadow_lost: AtomicBool::new(false),
             early_news: Mutex::default(),
         }
     }
 
     pub(super) fn status(&self) -> MutexGuard<'_, Status<B>> {
         locked(&self.status)
+    }
+
+    /// Doorbells are registers from now on.
+    pub(super) fn lose_shadow(&self) {
+        self.shadow_lost.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn has_shadow(&self) -> bool {
+        self.fixed.shadow_doorbells && !self.shadow_lost.load(Ordering::Relaxed)
     }
 
     /// True for the first who asks.
@@ -226,16 +237,12 @@ impl<B: PciBacking> Joint<B> {
         Ok(())
     }
 
-    /// The end, after the device was closed: no memory is held for it, and namespaces do not keep this alive.
+    /// The end, after the device was closed: no memory is held for it, and its namespaces, which hold this, are not held here.
     pub(super) fn forget(&self) {
-        self.unmap_bounces();
-        self.status().namespaces.clear();
-    }
-
-    /// Forgets them, once the device is closed.
-    pub(super) fn unmap_bounces(&self) {
         let maps = std::mem::take(&mut *locked(&self.bounces));
-        drop(maps);
+        let namespaces = std::mem::take(&mut self.status().namespaces);
+        // Outside of the locks: this may be the last that holds a bdev.
+        drop((maps, namespaces));
     }
 
     pub(super) fn count_pair(&self, shared: &Arc<QueueShared>) {

@@ -258,8 +258,13 @@ impl<B: PciBacking> Keeper<B> {
             let (queue_id, vector) = (pair.queue_id, pair.vector);
             let memory = Arc::clone(&pair.memory);
             self.controller.create_pair(queue_id, &memory, vector)?;
+            let is_shadow_lost = self.controller.shadow.is_lost();
             let pair = &mut self.pairs[at];
             (pair.exists, pair.late) = (true, None);
+            if is_shadow_lost {
+                pair.shared.lose_shadow();
+                self.common.lose_shadow();
+            }
             // What was late before is so no more.
             if let Some(overdue) = pair.shared.overdue() {
                 pair.shared.settle(overdue.sequence);

@@ -339,7 +339,7 @@ impl<B: PciBacking> Keeper<B> {
             self.wait_obeyed(OBEY_SOON);
         }
         self.take_pairs_back();
-        self.common.unmap_bounces();
+        self.common.forget();
         self.set_state(ControllerState::Detached);
     }
 
