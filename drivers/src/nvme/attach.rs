@@ -134,7 +134,7 @@ fn start<B: PciBacking>(
         return Err(error);
     }
     let asked = Arc::clone(&common);
-    controller.bar.wanted_back = Some(WantedBack(Arc::new(move || asked.is_wanted_back())));
+    controller.bar.wanted_back = Some(WantedBack(Arc::new(move || asked.wanted())));
     let keeper = Keeper {
         controller,
         common: Arc::clone(&common),

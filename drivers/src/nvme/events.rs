@@ -98,14 +98,18 @@ impl<B: PciBacking> Keeper<B> {
             let Err(error) = self.heed(event) else { continue };
             tracing::warn!("{}: {error}", self.name());
             if refused_with(&error).is_none() {
-                // The reset that this ends in asks for all that matters, and for events.
-                return self.after_failure(&error);
+                // The reset that this ends in asks for all that matters.
+                self.after_failure(&error);
+                break;
             }
             refused.push(event);
         }
+        if self.lost {
+            return;
+        }
         if !refused.is_empty() && !self.unread.put_back(refused) {
             let name = self.name();
-            tracing::error!("{name}: its events cannot be read; changes are seen by a rescan only");
+            tracing::error!("{name}: its events cannot be read; they come again after a reset");
         }
         // Also after a refusal: events of other kinds come.
         self.controller.admin.rearm(&self.controller.bar);

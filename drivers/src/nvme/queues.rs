@@ -205,7 +205,7 @@ impl<B: PciBacking> Controller<B> {
             return Err(error);
         }
         if self.quirks.has(Quirks::DELAY_AFTER_QUEUES) {
-            std::thread::sleep(QUEUES_DELAY);
+            self.bar.pause(QUEUES_DELAY)?;
         }
         Ok(())
     }

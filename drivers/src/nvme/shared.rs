@@ -141,6 +141,8 @@ struct FromThread {
     watched: AtomicBool,
     /// The device does not look at doorbells in memory any more.
     shadow_lost: AtomicBool,
+    /// Nobody will come for the pair: whoever is the last on it takes it along.
+    abandoned: AtomicBool,
 }
 
 /// Written by the reactor.
@@ -275,6 +277,11 @@ impl QueueShared {
         self.from_thread.shadow_lost.store(true, Ordering::Relaxed);
     }
 
+    /// The thread ends: the last channel that closes takes the pair along.
+    pub fn abandon(&self) {
+        self.from_thread.abandoned.store(true, Ordering::Release);
+    }
+
     /// The figures.
     #[must_use]
     pub fn counters(&self) -> QueueCounters {
@@ -310,6 +317,12 @@ impl QueueShared {
     #[cold]
     pub(super) fn is_shadow_lost(&self) -> bool {
         self.from_thread.shadow_lost.load(Ordering::Relaxed)
+    }
+
+    /// Whether the pair is nobody's.
+    #[cold]
+    pub(super) fn is_abandoned(&self) -> bool {
+        self.from_thread.abandoned.load(Ordering::Acquire)
     }
 
     /// That order was obeyed.
