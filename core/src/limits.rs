@@ -124,6 +124,10 @@ pub const VFIO_USER_AREAS_MAX: usize = 16;
 /// A vfio-user server that answers a command later than this is as good as gone: they poll their socket.
 pub const VFIO_USER_ANSWER_MS: u64 = 5_000;
 
+/// The same for memory that a server is given or gives back: a guest's region is one command, for which it may have to pin
+/// every page (seconds per GiB of ordinary ones), or to let its own requests end. Other commands wait behind it.
+pub const VFIO_USER_MEMORY_MS: u64 = 60_000;
+
 /// How long a reactor that goes to sleep waits until a vfio-user server knows its eventfd: many round trips, and a delay
 /// that a guest hardly sees. Without an answer the reactor stays awake.
 pub const VFIO_USER_BIND_MS: u64 = 5;

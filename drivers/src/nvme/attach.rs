@@ -124,9 +124,7 @@ fn start<B: PciBacking>(
     for pair in &pairs {
         common.count_pair(&pair.shared);
     }
-    // While nobody waits: with a slow device behind a socket each pool may take long.
-    let end = common.map_bounces().map_err(NvmeError::from);
-    let end = end.and_then(|()| refresh(&mut controller, &common).map(|_| ()));
+    let end = refresh(&mut controller, &common).map(|_| ());
     if let Err(error) = end.and_then(|()| controller.watch_events()) {
         // Before the memory is taken away that it may write to.
         backing.close();

@@ -119,7 +119,6 @@ impl<B: PciBacking> Bdev for NvmeBdev<B> {
 
     fn open_channel(&self, home: Option<&ReactorHandle>) -> Result<ChannelSeed, BdevError> {
         let common = &self.common;
-        common.map_bounces().map_err(|error| self.refused(error))?;
         let (waiting, commands_max) = (self.waiting(home)?, common.fixed.queue_entries - 1);
         let mut channel = NvmeChannel::<B::Registers>::new(&self.shape, commands_max);
         let (key, info) = (common.key, Arc::clone(&self.info));

@@ -313,6 +313,10 @@ impl<R: Registers> Channel for NvmeChannel<R> {
     }
 
     #[cold]
+    fn device(&self) -> Option<DeviceSlot> {
+        self.slot
+    }
+
     fn close(&mut self, io: &mut IoCx) {
         let pair = self.slot.and_then(|slot| io.devices.get_mut::<QueuePair<R>>(slot));
         if let (Some(pair), Some(member)) = (pair, self.member.take()) {

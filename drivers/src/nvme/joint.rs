@@ -10,7 +10,7 @@ use std::sync::mpsc::{Sender, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use ringmill_core::mem::{DmaDomain, DmaError, DmaMap, bounce_memory};
+use ringmill_core::mem::DmaDomain;
 use ringmill_core::reactor::{DeviceKey, ReactorHandle};
 
 use super::bdev::NvmeBdev;
@@ -144,7 +144,6 @@ pub(super) struct Joint<B: PciBacking> {
     pub(super) tally: Tally,
     requests: Sender<Request<B>>,
     nudge: Arc<OwnedFd>,
-    bounces: Mutex<Vec<DmaMap>>,
     status: Mutex<Status<B>>,
     figures: Mutex<PairFigures>,
     shadow_lost: AtomicBool,
@@ -186,7 +185,6 @@ impl<B: PciBacking> Joint<B> {
             tally: Tally::default(),
             requests: parts.requests,
             nudge: parts.nudge,
-            bounces: Mutex::default(),
             status: Mutex::new(Status {
                 state: ControllerState::Enabled,
                 last_error: None,
@@ -271,25 +269,11 @@ impl<B: PciBacking> Joint<B> {
         answer.recv().map_err(|_| self.down())
     }
 
-    /// Makes all bounce buffers that there are now reachable; each pool once.
-    pub(super) fn map_bounces(&self) -> Result<(), DmaError> {
-        let mut maps = locked(&self.bounces);
-        // A pool that only we hold belongs to a reactor that has ended.
-        maps.retain(|map| Arc::strong_count(map.mapping()) > 1);
-        for pool in bounce_memory() {
-            if !maps.iter().any(|map| Arc::ptr_eq(map.mapping(), &pool)) {
-                maps.push(DmaMap::new(&self.domain, &pool)?);
-            }
-        }
-        Ok(())
-    }
-
-    /// The end, after the device was closed: no memory is held for it, and its namespaces, which hold this, are not held here.
+    /// The end, after the device was closed: its namespaces, which hold this, are not held here.
     pub(super) fn forget(&self) {
-        let maps = std::mem::take(&mut *locked(&self.bounces));
         let namespaces = std::mem::take(&mut self.status().namespaces);
-        // Outside of the locks: this may be the last that holds a bdev.
-        drop((maps, namespaces));
+        // Outside of the lock: this may be the last that holds a bdev.
+        drop(namespaces);
     }
 
     pub(super) fn count_pair(&self, shared: &Arc<QueueShared>) {

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use ringmill_core::IoStatus;
 use ringmill_core::limits::NVME_CQ_LAZY_ENTRIES;
-use ringmill_core::mem::{IovaOffset, SharedSlice};
+use ringmill_core::mem::{BouncePool, IovaOffset, SharedSlice};
 use ringmill_core::reactor::{ClientId, DeviceKey, DeviceQueue, Ring};
 use ringmill_core::spec::nvme::Cqe;
 use ringmill_core::units::{Iova, bytes_u64};
@@ -87,6 +87,7 @@ pub struct QueuePair<R> {
     pub(super) client: Option<ClientId>,
     pub(super) bound: bool,
     pub(super) watched: bool,
+    bounces: BouncePool,
     /// Kept until the device knows these addresses no longer.
     _memory: Arc<QueueMemory>,
 }
@@ -144,6 +145,7 @@ impl<R: Registers> QueuePair<R> {
             client: None,
             bound: false,
             watched: false,
+            bounces: memory.bounces(),
             _memory: memory,
         })
     }
@@ -292,6 +294,10 @@ impl<R: Registers> DeviceQueue for QueuePair<R> {
         if now_ns >= self.look_due_ns {
             self.look();
         }
+    }
+
+    fn bounces(&mut self) -> Option<&mut BouncePool> {
+        Some(&mut self.bounces)
     }
 
     #[cold]
