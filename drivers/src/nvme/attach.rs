@@ -132,7 +132,7 @@ fn start<B: PciBacking>(
         return Err(error);
     }
     let asked = Arc::clone(&common);
-    controller.bar.wanted_back = Some(WantedBack(Arc::new(move || asked.is_wanted_back())));
+    controller.bar.wanted_back = Some(WantedBack(Arc::new(move || asked.wanted())));
     let keeper = Keeper {
         controller,
         common: Arc::clone(&common),
@@ -148,6 +148,7 @@ fn start<B: PciBacking>(
         commands_seen: 0,
         stale_seen: 0,
         warnings_seen: 0,
+        unread: super::events::Unread::default(),
         last_look: Instant::now(),
         last_wanted: Instant::now(),
         bound: false,
@@ -200,7 +201,7 @@ fn describe<B: PciBacking>(
         transfer_bytes_max: data.transfer_bytes_max.unwrap_or(0),
         sgl: data.sgl,
         write_cache: data.write_cache,
-        shadow_doorbells: controller.shadow.is_some(),
+        shadow_doorbells: controller.shadow.is_used(),
         quirks: controller.quirks.words(),
         counters: Counters::default(),
         last_error: None,
@@ -214,6 +215,7 @@ impl<B: PciBacking> NvmeControl for Handle<B> {
         ControllerInfo {
             state: status.state,
             last_error: status.last_error.clone(),
+            shadow_doorbells: self.common.has_shadow(),
             counters,
             ..self.common.fixed.clone()
         }

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use ringmill_core::IoStatus;
 use ringmill_core::limits::NVME_CQ_LAZY_ENTRIES;
 use ringmill_core::mem::{BouncePool, IovaOffset, SharedSlice};
-use ringmill_core::reactor::{ClientId, DeviceQueue, Ring};
+use ringmill_core::reactor::{ClientId, DeviceKey, DeviceQueue, Ring};
 use ringmill_core::spec::nvme::Cqe;
 use ringmill_core::units::{Iova, bytes_u64};
 
@@ -57,6 +57,7 @@ pub struct QueuePair<R> {
     pub(super) state: State,
     /// The device answered nonsense: nothing of it is believed until it was disabled.
     pub(super) trouble: bool,
+    pub(super) key: DeviceKey,
     queue_id: u16,
     /// Commands in the rings.
     pub(super) out: u16,
@@ -118,6 +119,7 @@ impl<R: Registers> QueuePair<R> {
         Ok(QueuePair {
             state: State::Held,
             trouble: false,
+            key: parts.key,
             queue_id: parts.queue_id,
             out: 0,
             commands_max: commands,
