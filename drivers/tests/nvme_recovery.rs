@@ -13,7 +13,7 @@ use ringmill_core::bdev::Bdev;
 use ringmill_core::bdev::conformance::TestBed;
 use ringmill_core::cross::CrossBdev;
 use ringmill_core::io::{IoFlags, IoOp};
-use ringmill_core::spec::nvme::{Status, admin};
+use ringmill_core::spec::nvme::{Status, admin, status};
 use ringmill_drivers::model::{
     Action, Count, MapFailure, Match, ModelControl, ModelOptions, Vectors,
 };
@@ -158,6 +158,22 @@ fn what_an_event_asks_for_is_asked_again_until_it_is_answered() {
     };
     refused(Match::admin(admin::IDENTIFY).of(1), 9);
     refused(Match::admin(admin::GET_LOG_PAGE), 2);
+}
+
+#[test]
+fn a_bit_of_the_events_that_is_refused_costs_no_other() {
+    let start = |model: &ModelControl| {
+        // The first set features is for the number of queues, the second one has the health events.
+        let health = Match::admin(admin::SET_FEATURES).after(1).once();
+        model.rule(health, Action::Status(Status(status::INVALID_FIELD)));
+    };
+    let (control, model, heard) =
+        Rig::try_new(one_event(), vec![namespace(1, 9)], patient(), &[], start);
+    let rig = Rig { model, control: control.expect("an attached controller"), heard };
+    assert_eq!(rig.model.counters().admin(admin::SET_FEATURES), 3);
+    rig.model.attach_namespace(namespace(2, 9));
+    until("the event", || nsids(&rig) == [1, 2]);
+    rig.finish();
 }
 
 #[test]
