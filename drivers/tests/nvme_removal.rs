@@ -14,7 +14,7 @@ use ringmill_core::cross::CrossBdev;
 use ringmill_core::io::{IoFlags, IoOp};
 use ringmill_core::mem::DmaDomain;
 use ringmill_core::reactor::ReactorHandle;
-use ringmill_core::spec::nvme::admin;
+use ringmill_core::spec::nvme::{Status, admin};
 use ringmill_drivers::model::{
     Aborts, Action, Match, ModelBacking, ModelControl, ModelOptions, ModelRegisters, start,
 };
@@ -183,7 +183,7 @@ impl Hung {
     }
 
     /// Takes the device away, waits for the end, and looks at it.
-    fn ends_in_time(mut self, removal: Removal, bound: Duration, is_over: impl Fn(&Hung) -> bool) {
+    fn ends_in_time(self, removal: Removal, bound: Duration, is_over: impl Fn(&Hung) -> bool) {
         let start = Instant::now();
         match removal {
             Removal::Asked => self.model.tell(DeviceNews::Requested),
@@ -197,9 +197,17 @@ impl Hung {
         // Its reactor has done nothing yet, so that nothing has ended.
         assert_eq!(self.bed.out_count(), OUT);
         self.hangs.0.store(false, Ordering::Release);
+        self.finish();
+    }
+
+    /// Its requests end, none before the device was cut off; then nothing is left.
+    fn finish(mut self) {
         let mut ends = Vec::new();
         until("the end of all requests", || {
-            self.bed.turn(|_, status| ends.push(status));
+            self.bed.turn(|_, status| {
+                assert!(self.is_closed.load(Ordering::Acquire), "it may still write to memory");
+                ends.push(status);
+            });
             self.bed.out_count() == 0
         });
         assert_eq!(ends, [IoStatus::Gone; OUT]);
@@ -259,8 +267,7 @@ fn a_removal_ends_in_time_in_a_reset_that_waits_for_the_device() {
 fn a_removal_ends_in_time_in_a_function_reset_that_never_comes_back() {
     let hung = Hung::new(1);
     // Its queues are refused after the first reset: the next one is of the function.
-    hung.model
-        .rule(Match::admin(admin::CREATE_CQ), Action::Status(ringmill_core::spec::nvme::Status(6)));
+    hung.model.rule(Match::admin(admin::CREATE_CQ), Action::Status(Status(0x06)));
     hung.model.tell(DeviceNews::Error);
     until("the reset of the function", || hung.in_reset.load(Ordering::Acquire));
     hung.stop_reactor();
@@ -312,6 +319,23 @@ fn a_removal_ends_in_time_in_a_detach() {
             hung.control.info().state == ControllerState::Detached
         });
         detach.join().unwrap();
+    }
+}
+
+#[test]
+fn nothing_ends_before_the_device_is_cut_off() {
+    // Its reactor does all that it is told at once; closing takes 2 s.
+    for in_reset in [false, true] {
+        let hung = Hung::new(1);
+        if in_reset {
+            hung.model.rule(Match::admin(admin::CREATE_CQ), Action::Status(Status(0x06)));
+            hung.model.tell(DeviceNews::Error);
+            until("the reset of the function", || hung.in_reset.load(Ordering::Acquire));
+        } else {
+            hung.model.set_ready_stuck(true);
+        }
+        hung.model.tell(DeviceNews::Requested);
+        hung.finish();
     }
 }
 
