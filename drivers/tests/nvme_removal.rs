@@ -38,6 +38,8 @@ struct Slow {
     in_reset: Arc<AtomicBool>,
     is_closing: AtomicBool,
     is_closed: Arc<AtomicBool>,
+    can_be_silenced: Arc<AtomicBool>,
+    is_silenced: Arc<AtomicBool>,
 }
 
 impl PciBacking for Slow {
@@ -87,6 +89,13 @@ impl PciBacking for Slow {
         self.inner.news()
     }
 
+    fn silence(&self) -> bool {
+        let can = self.can_be_silenced.load(Ordering::Acquire);
+        let is_silenced = can && self.inner.set_bus_master(false).is_ok();
+        self.is_silenced.store(is_silenced, Ordering::Release);
+        is_silenced
+    }
+
     fn close(&self) {
         if !self.is_closing.swap(true, Ordering::AcqRel) {
             std::thread::sleep(CLOSE);
@@ -117,6 +126,8 @@ struct Hung {
     bed: TestBed,
     in_reset: Arc<AtomicBool>,
     is_closed: Arc<AtomicBool>,
+    can_be_silenced: Arc<AtomicBool>,
+    is_silenced: Arc<AtomicBool>,
 }
 
 const OUT: usize = 4;
@@ -137,12 +148,15 @@ impl Hung {
         let (inner, model) = start(options, all).unwrap();
         let flag = || Arc::new(AtomicBool::new(false));
         let (hangs, in_reset, is_closed) = (flag(), flag(), flag());
+        let (can_be_silenced, is_silenced) = (flag(), flag());
         let backing = Slow {
             inner,
             hangs: Arc::clone(&hangs),
             in_reset: Arc::clone(&in_reset),
             is_closing: AtomicBool::new(false),
             is_closed: Arc::clone(&is_closed),
+            can_be_silenced: Arc::clone(&can_be_silenced),
+            is_silenced: Arc::clone(&is_silenced),
         };
         let (heard, reactor) = (Heard::default(), sleepy());
         let patient = NvmeOptions {
@@ -166,7 +180,20 @@ impl Hung {
             model.held() == OUT
         });
         hangs.store(true, Ordering::Release);
-        Hung { hangs: Hangs(hangs), model, control, heard, reactor, disk, bed, in_reset, is_closed }
+        let hangs = Hangs(hangs);
+        Hung {
+            hangs,
+            model,
+            control,
+            heard,
+            reactor,
+            disk,
+            bed,
+            in_reset,
+            is_closed,
+            can_be_silenced,
+            is_silenced,
+        }
     }
 
     /// Its reactor does something else until this has become false.
@@ -205,7 +232,9 @@ impl Hung {
         let mut ends = Vec::new();
         until("the end of all requests", || {
             self.bed.turn(|_, status| {
-                assert!(self.is_closed.load(Ordering::Acquire), "it may still write to memory");
+                let is_cut_off = [&self.is_closed, &self.is_silenced];
+                let is_cut_off = is_cut_off.iter().any(|flag| flag.load(Ordering::Acquire));
+                assert!(is_cut_off, "it may still write to memory");
                 ends.push(status);
             });
             self.bed.out_count() == 0
@@ -337,6 +366,21 @@ fn nothing_ends_before_the_device_is_cut_off() {
         hung.model.tell(DeviceNews::Requested);
         hung.finish();
     }
+}
+
+#[test]
+fn nobody_waits_for_the_close_of_a_device_that_was_silenced() {
+    let mut hung = Hung::new(1);
+    hung.can_be_silenced.store(true, Ordering::Release);
+    hung.model.set_ready_stuck(true);
+    hung.model.tell(DeviceNews::Requested);
+    until("the first end", || {
+        hung.bed.turn(|_, status| assert_eq!(status, IoStatus::Gone));
+        hung.bed.out_count() == 0
+    });
+    assert!(hung.is_silenced.load(Ordering::Acquire));
+    assert!(!hung.is_closed.load(Ordering::Acquire), "closing takes 2 s");
+    until("the close", || hung.is_closed.load(Ordering::Acquire));
 }
 
 #[test]
