@@ -9,12 +9,13 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ringmill_drivers::pci::PciAddress;
 use serde_json::Value;
 use tempfile::TempDir;
 
 use super::bind::{Binder, Kernel};
 use super::nodes::{Node, Nodes, RealNodes, parse_number};
-use super::tree::{Address, Tree};
+use super::tree::Tree;
 use super::{Direction, VFIO, change, list};
 use crate::ctl::CtlError;
 
@@ -352,8 +353,8 @@ impl Kernel for FakeKernel<'_> {
     }
 }
 
-fn addresses(texts: &[&str]) -> Vec<Address> {
-    texts.iter().map(|text| Address::parse(text).unwrap()).collect()
+fn addresses(texts: &[&str]) -> Vec<PciAddress> {
+    texts.iter().map(|text| text.parse().unwrap()).collect()
 }
 
 /// What was printed, or why it was refused.
@@ -377,7 +378,7 @@ fn changed(kernel: &FakeKernel<'_>, texts: &[&str], way: Direction) -> Result<St
 }
 
 fn driver(machine: &Machine, address: &str) -> Option<String> {
-    machine.tree().driver(Address::parse(address).unwrap())
+    machine.tree().driver(address.parse().unwrap())
 }
 
 fn chosen(machine: &Machine, address: &str) -> String {
