@@ -124,6 +124,12 @@ pub const VFIO_USER_AREAS_MAX: usize = 16;
 /// A vfio-user server that answers a command later than this is as good as gone: they poll their socket.
 pub const VFIO_USER_ANSWER_MS: u64 = 5_000;
 
+/// What attaching a controller behind a vfio-user server may take in all. It asks some hundred questions, which a sound
+/// server answers in microseconds each, and waits for a controller that is ready within seconds; a server that answers each
+/// of them just in time would keep the attempt going for many minutes.
+pub const VFIO_USER_ATTACH_MS: u64 = 60_000;
+const _: () = assert!(VFIO_USER_ATTACH_MS > 4 * VFIO_USER_ANSWER_MS);
+
 /// How long a reactor that goes to sleep waits until a vfio-user server knows its eventfd: many round trips, and a delay
 /// that a guest hardly sees. Without an answer the reactor stays awake.
 pub const VFIO_USER_BIND_MS: u64 = 5;

@@ -5,6 +5,7 @@
 //! panics or blocks for longer than it says.
 
 mod address;
+mod cancel;
 
 use std::fmt;
 use std::io;
@@ -15,6 +16,7 @@ use ringmill_core::mem::DmaDomain;
 use thiserror::Error;
 
 pub use address::{PciAddress, PciAddressError};
+pub use cancel::{CancelToken, Ended};
 
 /// Why a device cannot be used. Messages name the device and say what to do.
 #[derive(Debug, Error)]

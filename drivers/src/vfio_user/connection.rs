@@ -23,7 +23,7 @@ use thiserror::Error;
 use super::memory::DeviceMemory;
 use super::protocol::{Fields, Header, ProtocolError, command, flags};
 use super::wire::{Message, Outbox, Reader, SendError, WireError, ready};
-use crate::pci::PciError;
+use crate::pci::{CancelToken, Ended, PciError};
 
 /// Why a command has no answer.
 #[derive(Debug, Error)]
@@ -95,6 +95,8 @@ pub(super) struct Connection {
     memory: DeviceMemory,
     /// What a server may take for an answer.
     patience: Duration,
+    /// Of the attempt to bring the device up.
+    token: CancelToken,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -110,6 +112,7 @@ impl Connection {
         name: &str,
         socket: OwnedFd,
         patience: Duration,
+        token: &CancelToken,
     ) -> io::Result<Arc<Connection>> {
         let connection = Arc::new(Connection {
             name: name.to_owned(),
@@ -121,6 +124,7 @@ impl Connection {
             gone_fd: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             memory: DeviceMemory::default(),
             patience,
+            token: token.clone(),
         });
         let reader = Arc::clone(&connection);
         std::thread::Builder::new()
@@ -190,6 +194,7 @@ impl Connection {
         fds: &[BorrowedFd<'_>],
         deadline: Instant,
     ) -> Result<Message, CallError> {
+        self.check_token()?;
         let id = self.ask(command, payload, fds, deadline)?;
         let mut calls = lock(&self.calls);
         loop {
@@ -203,9 +208,15 @@ impl Connection {
                     *slot = Slot::Abandoned { command, late: true };
                     return Err(CallError::Late);
                 }
+                Some(slot) if self.token.ended().is_some() => {
+                    *slot = Slot::Abandoned { command, late: true };
+                    drop(calls);
+                    self.check_token()?;
+                    return Err(CallError::Gone);
+                }
                 _ => {}
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = self.token.slice(deadline.saturating_duration_since(Instant::now()));
             calls =
                 self.answered.wait_timeout(calls, left).unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -222,6 +233,16 @@ impl Connection {
         } else {
             io::Error::from_raw_os_error(errno)
         }))
+    }
+
+    /// Cuts the server off when nobody waits for the device any more.
+    fn check_token(&self) -> Result<(), CallError> {
+        match self.token.ended() {
+            None => return Ok(()),
+            Some(Ended::Late) => self.cut_off("attaching its device took too long"),
+            Some(Ended::Cancelled) => self.cut_off("attaching its device was cancelled"),
+        }
+        Err(CallError::Gone)
     }
 
     /// Asks; the answer is dropped when it comes.

@@ -1,16 +1,19 @@
 //! Controllers that hang, lose answers, die or are taken away, and what guests and their neighbours see of it.
 
+use std::io::Write;
+use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
 use ringmill_core::spec::nvme::{admin, nvm};
 use ringmill_drivers::model::{Action, Match, ModelOptions};
 use serde_json::json;
+use tempfile::TempDir;
 
 use super::daemon::{Daemon, WAIT_MAX, wait_for};
 use super::model::{Exercise, Op, UNKNOWN};
 use super::{
     DISK_BYTES, Device, attach, controllers_count, end, exercise, exercise_again, fails_soon,
-    has_bdev, serving, serving_on, shown,
+    has_bdev, serving, serving_on, shown, two_reactors,
 };
 
 #[test]
@@ -193,6 +196,46 @@ fn a_reset_that_takes_long_stalls_no_neighbour_on_its_reactor() {
     victim.random_rounds(400, 4096, 64);
     victim.verify();
     end(&device, daemon);
+}
+
+/// A vfio-user server that begins to answer the first question and never comes to an end.
+fn dribble(listener: UnixListener) {
+    for stream in listener.incoming() {
+        let Ok(mut stream) = stream else { return };
+        // Header: id 0, command 1 (version), size, flags (a reply), no error.
+        let mut bytes = [0u16, 1].map(u16::to_le_bytes).concat();
+        bytes.extend([1u32 << 20, 1, 0].map(u32::to_le_bytes).concat());
+        bytes.resize(1 << 20, b' ');
+        for byte in bytes {
+            std::thread::sleep(Duration::from_millis(5));
+            if stream.write_all(&[byte]).is_err() {
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn attaching_to_a_server_that_plays_for_time_is_cancelled_by_detaching_and_by_the_end() {
+    let dir = TempDir::new().expect("a directory");
+    let listener = UnixListener::bind(dir.path().join("cntrl")).expect("a socket");
+    std::thread::spawn(move || dribble(listener));
+    let daemon = two_reactors();
+    let params = json!({"name": "Nvme0", "trtype": "vfiouser", "traddr": dir.path()});
+    let attach = || {
+        let mut rpc = daemon.rpc();
+        rpc.send("bdev_nvme_attach_controller", &params);
+        assert!(wait_for(WAIT_MAX, || controllers_count(&daemon) == 1));
+        assert_eq!(shown(&daemon, "Nvme0")["state"], "attaching");
+        rpc
+    };
+    let mut attaching = attach();
+    assert_eq!(daemon.call("bdev_nvme_detach_controller", &json!({"name": "Nvme0"})), true);
+    let (code, message) = attaching.answer().expect_err("cancelled");
+    assert!(code == -125 && message.contains("was cancelled"), "{code} {message}");
+    assert_eq!(controllers_count(&daemon), 0);
+    let _attaching = attach();
+    daemon.stop();
 }
 
 /// What detaching may take: 5 s for guests, 5 s for the controller, and a busy machine.
