@@ -569,7 +569,9 @@ impl NvmeEngine for DaemonEngine {
         let Some(entry) = self.nvme_entry(number) else { return Err(missing(name)) };
         match &entry.stage {
             // Answered when the attempt has ended.
-            Stage::Attaching(_, attempt) => drop(attempt.cancel()),
+            Stage::Attaching(_, attempt) => {
+                attempt.cancel();
+            }
             // It has been let go of; only its name waits for a guest.
             Stage::Closed => return Ok(Progress::Done),
             Stage::Attached(_) | Stage::Leaving { .. } | Stage::Closing(_) => {}

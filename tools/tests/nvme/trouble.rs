@@ -124,7 +124,9 @@ fn never_stalls(what: &str, neighbour: &mut Exercise, act: impl FnOnce() + Send)
     std::thread::scope(|scope| {
         let acting = scope.spawn(act);
         let limit = SILENCE + 2 * WAIT_MAX;
-        neighbour.random_for(limit, span, 16, |_| acting.is_finished());
+        neighbour.random_for(limit, span, 16, |neighbour| {
+            acting.is_finished() && neighbour.completed_count > before + 1000
+        });
         acting.join().unwrap_or_else(|_| panic!("{what}"));
     });
     neighbour.drain();
