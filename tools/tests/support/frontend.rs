@@ -440,21 +440,27 @@ impl Ring {
     }
 }
 
-/// A front-end with a running ring, whose slots have their data in the memory that is returned, too.
+/// A front-end with a running ring, whose slots have their data in a memory of their own, which is returned, too.
 pub fn running(
     socket: &Path,
     protocol: u64,
     slots: u16,
     data_guest: u64,
 ) -> (FrontEnd, Load, Memory) {
+    let data = Memory::new(data_guest, u64::from(slots) * DATA_BYTES);
+    let (front, load) = running_in(socket, protocol, slots, &data);
+    (front, load, data)
+}
+
+/// The same with memory that the test has made.
+pub fn running_in(socket: &Path, protocol: u64, slots: u16, data: &Memory) -> (FrontEnd, Load) {
     let mut front = FrontEnd::connect(socket, F_FLUSH, protocol);
     let rings = Memory::new(0, 4 * RING_BYTES);
-    let data = Memory::new(data_guest, u64::from(slots) * DATA_BYTES);
     front.add_memory(&rings);
-    front.add_memory(&data);
-    let load = Load::new(rings, 0, slots, data_guest);
+    front.add_memory(data);
+    let load = Load::new(rings, 0, slots, data.guest);
     front.start(&load.ring, 0);
-    (front, load, data)
+    (front, load)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
