@@ -11,6 +11,7 @@ use std::os::unix::fs::MetadataExt;
 use std::ptr::NonNull;
 
 use memmap2::MmapOptions;
+use rustix::fs::{MemfdFlags, SealFlags};
 use thiserror::Error;
 
 use super::arena::Place;
@@ -183,7 +184,8 @@ impl Mapping {
         Ok(Mapping { guard: None, place, lead_bytes: 0, len_bytes, file: None })
     }
 
-    /// Zeroed memory of our own that devices in other processes can be given, page aligned.
+    /// Zeroed memory of our own that devices in other processes can be given, page aligned. Its file is sealed: whoever gets
+    /// it can change its bytes and not its length, and so not take pages away under us (a SIGBUS).
     ///
     /// # Errors
     /// Zero length, or the kernel's refusal.
@@ -195,10 +197,12 @@ impl Mapping {
             len_bytes: len_bytes as u64,
             source: source.into(),
         };
-        let flags = rustix::fs::MemfdFlags::CLOEXEC;
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let fd = rustix::fs::memfd_create("ringmill-pool", flags).map_err(mmap_error)?;
         rustix::fs::ftruncate(&fd, len_bytes.next_multiple_of(PAGE_BYTES) as u64)
             .map_err(mmap_error)?;
+        let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+        rustix::fs::fcntl_add_seals(&fd, seals).map_err(mmap_error)?;
         Mapping::own_file(&File::from(fd), len_bytes)
     }
 
@@ -307,6 +311,21 @@ mod tests {
         assert!(!Mapping::anonymous(4096).unwrap().is_of(&again, 0, 4096));
         rustix::fs::ftruncate(&fd, 9000).unwrap();
         assert!(!map.is_of(&again, 5000, 4096), "cut");
+    }
+
+    #[test]
+    fn who_is_given_a_pool_can_write_it_and_not_cut_it() {
+        let map = Mapping::pool(10000).unwrap();
+        let (fd, start) = map.file().unwrap();
+        let given = fd.try_clone_to_owned().unwrap();
+        for len_bytes in [0, 4096, 1 << 20] {
+            assert_eq!(rustix::fs::ftruncate(&given, len_bytes), Err(rustix::io::Errno::PERM));
+        }
+        let none = SealFlags::empty();
+        assert_eq!(rustix::fs::fcntl_add_seals(&given, none), Err(rustix::io::Errno::PERM));
+        rustix::io::pwrite(&given, &[7], start).unwrap();
+        // SAFETY: inside the mapping made above, whose file has a page there.
+        assert_eq!(unsafe { map.base().as_ptr().read_volatile() }, 7);
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! **Invariant:** it waits for nothing without bound, and nothing that comes from the device makes it turn without a pause.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
@@ -20,7 +20,7 @@ use super::joint::{Joint, Request, Tally};
 use super::pairs::Pair;
 use super::report::ControllerState;
 use super::{NvmeError, NvmeEvent, NvmeEvents};
-use crate::pci::{DeviceNews, PciBacking};
+use crate::pci::{DeviceNews, PciBacking, take_signal};
 
 /// Looks at a controller with commands out, and at one without.
 const LOOK_BUSY: Duration = Duration::from_millis(100);
@@ -119,8 +119,8 @@ impl<B: PciBacking> Keeper<B> {
         }
         // A signal, or a descriptor that was closed meanwhile, only means to look now.
         let _ = poll(&mut fds, Some(&timeout));
-        drain(&self.nudge);
-        drain(&self.interrupt)
+        take_signal(&self.nudge);
+        take_signal(&self.interrupt)
     }
 
     fn answer(&mut self) -> Turn {
@@ -297,11 +297,6 @@ impl<B: PciBacking> Keeper<B> {
         self.common.status().health = Some((health.clone(), Instant::now()));
         Ok(health)
     }
-}
-
-/// Empties an eventfd; true when it was signalled.
-pub(super) fn drain(fd: &OwnedFd) -> bool {
-    rustix::io::read(fd.as_fd(), &mut [0u8; 8]).is_ok()
 }
 
 /// Makes a reactor look at its queue pairs, also if it sleeps. A full mailbox will be read anyway.

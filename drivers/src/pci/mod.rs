@@ -6,6 +6,7 @@
 
 mod address;
 mod cancel;
+mod signal;
 
 use std::fmt;
 use std::io;
@@ -17,6 +18,7 @@ use thiserror::Error;
 
 pub use address::{PciAddress, PciAddressError};
 pub use cancel::{CancelToken, Ended};
+pub(crate) use signal::take_signal;
 
 /// Why a device cannot be used. Messages name the device and say what to do.
 #[derive(Debug, Error)]

@@ -10,7 +10,7 @@ use std::sync::{PoisonError, RwLock};
 
 use rustix::event::{EventfdFlags, epoll, eventfd};
 
-use crate::pci::DeviceNews;
+use crate::pci::{DeviceNews, take_signal};
 
 /// The device was closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,10 +70,9 @@ impl Events {
 
     /// What was signalled, each once however often.
     pub(super) fn next(&self) -> Option<DeviceNews> {
-        let came = |fd: &OwnedFd| rustix::io::read(fd, &mut [0_u8; 8]).is_ok();
-        if came(&self.error) {
+        if take_signal(&self.error) {
             Some(DeviceNews::Error)
-        } else if came(&self.request) {
+        } else if take_signal(&self.request) {
             Some(DeviceNews::Requested)
         } else {
             None

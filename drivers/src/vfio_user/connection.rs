@@ -4,7 +4,8 @@
 //! message id) and answers the server's own commands from the memory that it was given. Owner: shared by the backing, its
 //! registers and its domain. **Invariants:** every call ends by its deadline. A server that breaks the protocol, or does not
 //! answer in time, is cut off once and for all: the socket is shut down and everybody is told [`CallError::Gone`]. An id is
-//! not used again before its answer has come.
+//! not used again before its answer has come. Commands for memory may take long, and whoever asks meanwhile waits behind
+//! them, because a server answers one after the other.
 //!
 //! Spec: vfio-user 0.9, "Command Concurrency", "Header", `VFIO_USER_VERSION`.
 
@@ -20,6 +21,7 @@ use rustix::event::{EventfdFlags, PollFlags, eventfd};
 use rustix::net::Shutdown;
 use thiserror::Error;
 
+use super::Patience;
 use super::memory::DeviceMemory;
 use super::protocol::{Fields, Header, ProtocolError, command, flags};
 use super::wire::{Message, Outbox, Reader, SendError, WireError, ready};
@@ -79,6 +81,9 @@ impl Slot {
 struct Calls {
     next_id: u16,
     slots: BTreeMap<u16, Slot>,
+    /// Commands for memory without an answer, and when the last of them was answered, or has to be.
+    long_count: usize,
+    long_end: Option<Instant>,
 }
 
 /// See the module.
@@ -93,8 +98,9 @@ pub(super) struct Connection {
     /// Readable once it is gone.
     gone_fd: OwnedFd,
     memory: DeviceMemory,
-    /// What a server may take for an answer.
+    /// What a server may take for an answer, and what for one about memory.
     patience: Duration,
+    long_patience: Duration,
     /// Of the attempt to bring the device up.
     token: CancelToken,
 }
@@ -111,7 +117,7 @@ impl Connection {
     pub(super) fn start(
         name: &str,
         socket: OwnedFd,
-        patience: Duration,
+        patience: Patience,
         token: &CancelToken,
     ) -> io::Result<Arc<Connection>> {
         let connection = Arc::new(Connection {
@@ -123,7 +129,8 @@ impl Connection {
             gone: AtomicBool::new(false),
             gone_fd: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             memory: DeviceMemory::default(),
-            patience,
+            patience: patience.answer,
+            long_patience: patience.memory,
             token: token.clone(),
         });
         let reader = Arc::clone(&connection);
@@ -161,7 +168,34 @@ impl Connection {
         payload: &[u8],
         fds: &[BorrowedFd<'_>],
     ) -> Result<Message, CallError> {
-        self.call_until(command, payload, fds, Instant::now() + self.patience)
+        let asked = Instant::now();
+        let deadline = |calls: &Calls| calls.long_end.unwrap_or(asked).max(asked) + self.patience;
+        self.call_while(command, payload, fds, deadline)
+    }
+
+    /// The same for a command after which a server may have to pin gigabytes, or to wait for its own requests.
+    ///
+    /// # Errors
+    /// As for [`Connection::call`].
+    pub(super) fn call_for_memory(
+        &self,
+        command: u16,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Message, CallError> {
+        let deadline = Instant::now() + self.long_patience;
+        {
+            let mut calls = lock(&self.calls);
+            calls.long_count += 1;
+            calls.long_end = calls.long_end.max(Some(deadline));
+        }
+        let answer = self.call_until(command, payload, fds, deadline);
+        let mut calls = lock(&self.calls);
+        calls.long_count -= 1;
+        if calls.long_count == 0 {
+            calls.long_end = Some(Instant::now());
+        }
+        answer
     }
 
     /// The same with a deadline of the caller's.
@@ -175,7 +209,17 @@ impl Connection {
         fds: &[BorrowedFd<'_>],
         deadline: Instant,
     ) -> Result<Message, CallError> {
-        let answer = self.try_call(command, payload, fds, deadline);
+        self.call_while(command, payload, fds, |_| deadline)
+    }
+
+    fn call_while(
+        &self,
+        command: u16,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+        deadline: impl Fn(&Calls) -> Instant,
+    ) -> Result<Message, CallError> {
+        let answer = self.try_call_while(command, payload, fds, deadline);
         if matches!(answer, Err(CallError::Late)) {
             self.cut_off(&format!("it did not answer command {command} in time"));
             return Err(CallError::Gone);
@@ -194,10 +238,23 @@ impl Connection {
         fds: &[BorrowedFd<'_>],
         deadline: Instant,
     ) -> Result<Message, CallError> {
+        self.try_call_while(command, payload, fds, |_| deadline)
+    }
+
+    /// `deadline` is asked again whenever it has come.
+    fn try_call_while(
+        &self,
+        command: u16,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+        deadline: impl Fn(&Calls) -> Instant,
+    ) -> Result<Message, CallError> {
         self.check_token()?;
-        let id = self.ask(command, payload, fds, deadline)?;
+        let at_first = deadline(&lock(&self.calls));
+        let id = self.ask(command, payload, fds, at_first)?;
         let mut calls = lock(&self.calls);
         loop {
+            let deadline = deadline(&calls);
             match calls.slots.get_mut(&id) {
                 Some(Slot::Answered(_)) => break,
                 _ if self.is_gone() => {

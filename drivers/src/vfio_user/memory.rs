@@ -184,7 +184,7 @@ impl DmaDomain for UserDomain {
             ));
         }
         let payload = protocol::dma_map(file_offset, iova, len_bytes as u64);
-        match self.connection.call(command::DMA_MAP, &payload, &[fd.as_fd()]) {
+        match self.connection.call_for_memory(command::DMA_MAP, &payload, &[fd.as_fd()]) {
             Ok(_) => {}
             Err(CallError::Refused(source)) => {
                 return Err(DmaError::Refused { device: self.device(), len_bytes, source });
@@ -207,7 +207,7 @@ impl DmaDomain for UserDomain {
             let payload = protocol::dma_unmap(iova, len_bytes as u64);
             // A server that keeps memory is cut off: by its specification it then lets go of everything.
             if let Err(error @ CallError::Refused(_)) =
-                self.connection.call(command::DMA_UNMAP, &payload, &[])
+                self.connection.call_for_memory(command::DMA_UNMAP, &payload, &[])
             {
                 self.connection.cut_off(&format!("it does not give memory back: {error}"));
             }

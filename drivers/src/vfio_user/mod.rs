@@ -27,7 +27,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use ringmill_core::limits::{VFIO_USER_ANSWER_MS, VFIO_USER_BIND_MS, VFIO_USER_CLOSE_MS};
+use ringmill_core::limits::{
+    VFIO_USER_ANSWER_MS, VFIO_USER_BIND_MS, VFIO_USER_CLOSE_MS, VFIO_USER_MEMORY_MS,
+};
 use ringmill_core::mem::{DeviceWindow, DmaDomain, IovaOffset, arena};
 use ringmill_core::units::{bytes_u64, usize_of};
 use rustix::event::epoll;
@@ -42,7 +44,7 @@ use self::negotiation::Limits;
 use self::protocol::{ACCESS_BYTES, Fields, ProtocolError, command, device, irq, region};
 use self::registers::Mapped;
 pub use self::registers::UserRegisters;
-use crate::pci::{CancelToken, DeviceNews, PciBacking, PciError};
+use crate::pci::{CancelToken, DeviceNews, PciBacking, PciError, take_signal};
 
 /// What SPDK calls the socket in the directory that it is given.
 const SOCKET_NAME: &str = "cntrl";
@@ -78,6 +80,8 @@ fn report(connection: &Connection, what: &dyn std::fmt::Display, error: &dyn std
 pub struct Patience {
     /// For an answer; then the server is cut off.
     pub answer: Duration,
+    /// The same for memory that it is given, or gives back.
+    pub memory: Duration,
     /// For an eventfd to be bound, on a reactor; then that is an error.
     pub bind: Duration,
 }
@@ -86,6 +90,7 @@ impl Default for Patience {
     fn default() -> Patience {
         Patience {
             answer: Duration::from_millis(VFIO_USER_ANSWER_MS),
+            memory: Duration::from_millis(VFIO_USER_MEMORY_MS),
             bind: Duration::from_millis(VFIO_USER_BIND_MS),
         }
     }
@@ -149,7 +154,7 @@ impl VfioUserBacking {
         let socket = connect_socket(&path, Instant::now() + patience.answer).map_err(|source| {
             io_error("cannot connect to a vfio-user server; is one listening there?", source)
         })?;
-        let connection = Connection::start(&name, socket, patience.answer, token)
+        let connection = Connection::start(&name, socket, patience, token)
             .map_err(|source| io_error("cannot start a thread for the connection", source))?;
         let opened = Self::open(&connection, patience);
         if opened.is_err() {
@@ -518,16 +523,15 @@ impl PciBacking for VfioUserBacking {
     }
 
     fn news(&self) -> Option<DeviceNews> {
-        let signalled = |fd: &OwnedFd| rustix::io::read(fd, &mut [0; 8]).is_ok();
         if self.connection.is_gone() {
-            let _ = rustix::io::read(self.connection.gone_fd(), &mut [0; 8]);
+            take_signal(self.connection.gone_fd());
             let first = !self.gone_told.swap(true, Ordering::Relaxed);
             return first.then_some(DeviceNews::Gone);
         }
-        if signalled(&self.error) {
+        if take_signal(&self.error) {
             return Some(DeviceNews::Error);
         }
-        signalled(&self.requested).then_some(DeviceNews::Requested)
+        take_signal(&self.requested).then_some(DeviceNews::Requested)
     }
 
     fn close(&self) {

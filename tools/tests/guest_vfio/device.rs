@@ -5,13 +5,16 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use ringmill_core::bdev::Bdev;
 use ringmill_core::bdev::conformance::Suite;
+use ringmill_core::cross::CrossBdev;
 use ringmill_core::mem::{DmaError, DmaMap, Mapping, SharedSlice, install_sigbus_handler};
+use ringmill_core::reactor::{IdlePolicy, ReactorConfig, ReactorHandle, spawn};
 use ringmill_core::spec::nvme::{
     CQE_BYTES, IDENTIFY_BYTES, SQE_BYTES, Sqe, admin, cap, cc, csts, id_ctrl, reg,
 };
 use ringmill_core::units::{HostAddr, bytes_u64};
-use ringmill_drivers::nvme::{self, NvmeOptions};
+use ringmill_drivers::nvme::{self, NvmeControl, NvmeOptions};
 use ringmill_drivers::pci::{PciBacking, PciError, Registers};
 use ringmill_drivers::vfio::{VfioDevice, VfioRegisters};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -279,24 +282,51 @@ fn hold() {
     std::thread::sleep(Duration::from_secs(600));
 }
 
+fn attached(reactors: &[ReactorHandle]) -> Arc<dyn NvmeControl> {
+    let options = NvmeOptions { name: "n".to_owned(), ..NvmeOptions::default() };
+    let control = nvme::attach(open(), options, reactors, Arc::new(|event| println!("{event:?}")))
+        .unwrap_or_else(|error| panic!("{error}"));
+    println!("{:?}", control.info());
+    control
+}
+
+/// Under software emulation a request takes a tenth of a millisecond.
+fn passes(bdev: Arc<dyn Bdev>) {
+    let started = Instant::now();
+    Suite { requests_count: 100, ..Suite::new(bdev) }.run();
+    println!("passed in {:?}", started.elapsed());
+}
+
 /// All namespaces pass the suite of all drivers.
 #[test]
 #[ignore = "needs a device that vfio-pci has; its data is lost"]
 fn conformance() {
-    let options = NvmeOptions { name: "n".to_owned(), ..NvmeOptions::default() };
-    let control = nvme::attach(open(), options, &[], Arc::new(|event| println!("{event:?}")))
-        .unwrap_or_else(|error| panic!("{error}"));
-    println!("{:?}", control.info());
+    let control = attached(&[]);
     let namespaces = control.namespaces();
     assert!(!namespaces.is_empty());
     for namespace in namespaces {
         println!("{:?}", namespace.info);
-        let bdev = namespace.bdev.expect("a bdev");
-        let started = Instant::now();
-        // Under software emulation a request takes a tenth of a millisecond.
-        let requests_count = 100;
-        Suite { requests_count, ..Suite::new(bdev) }.run();
-        println!("passed in {:?}", started.elapsed());
+        passes(namespace.bdev.expect("a bdev"));
     }
     control.detach();
+}
+
+/// The controller grants one queue pair: one reactor has it, and whoever else wants the disk crosses over to that one.
+#[test]
+#[ignore = "needs a device with one queue pair that vfio-pci has; its data is lost"]
+fn conformance_across() {
+    let idle = IdlePolicy::Adaptive { spin_ns: 20_000 };
+    let config = ReactorConfig { core: None, idle, io_wq_cpus: Vec::new() };
+    let reactors = [0, 1].map(|_| spawn(&config).expect("a reactor"));
+    let control = attached(&reactors);
+    assert_eq!(control.info().queue_pairs, 1);
+    let owners = control.owners().expect("fewer pairs than reactors have owners");
+    let inner = control.namespaces().swap_remove(0).bdev.expect("a bdev");
+    let refused = inner.open_channel(Some(&reactors[1])).err().expect("no pair there").to_string();
+    assert!(refused.contains("no queue pair"), "{refused}");
+    passes(Arc::new(CrossBdev::new(inner, owners).expect("owners")));
+    control.detach();
+    let slept: u64 = reactors.iter().map(|reactor| reactor.stats().sleeps_count).sum();
+    assert!(slept > 0, "no reactor slept");
+    reactors.iter().for_each(ReactorHandle::stop);
 }

@@ -309,7 +309,7 @@ fn plugged_out_and_in(stack: &mut Stack, image: &Path) -> Outcome {
          >/dev/null 2>&1 &\n\
          for i in $(seq 600); do grep -q loaded /run/until_lost && exit 0; sleep 0.1; done; cat /run/until_lost; exit 1"
     ))?;
-    stack.lent.guest.qmp().execute("device_del", &json!({ "id": "nvme2" }))?;
+    stack.lent.guest.qmp().execute("device_del", &json!({ "id": "nvme3" }))?;
     let started = Instant::now();
     let said = end(stack, "until_lost")?;
     let lost = said
@@ -350,37 +350,90 @@ fn plugged_out_and_in(stack: &mut Stack, image: &Path) -> Outcome {
     stack.perf("/run/ringmill/hot -w verify -o 4k -q 16 --span 4m -t 1").map(drop)
 }
 
-/// The server of the disk's data stops for a time, and goes on.
-fn stopped_and_continued(stack: &mut Stack, nbd: &Nbd) -> Outcome {
+/// How long a disk's data are out of reach.
+const OUTAGE: Duration = Duration::from_secs(8);
+
+/// A checked load goes on while the data of its disk are out of reach, and after it; so does one of another disk of the
+/// same reactor, whose longest request this returns.
+fn out_of_reach(
+    stack: &mut Stack,
+    (name, disk): (&str, &str),
+    mut set_reach: impl FnMut(&mut Stack, bool) -> Outcome,
+) -> Result<Duration, LabError> {
     let perf = stack.program("ringmill-perf");
-    stack.sh(&format!(
-        "( {perf} /run/ringmill/slow -w verify -o 4k -q 8 --span 2m -t 15 --timeout 120 >/run/slow 2>&1; echo $? >/run/slow.code ) \
-         >/dev/null 2>&1 &\n sleep 5"
-    ))?;
-    nbd.signal(Signal::STOP);
-    std::thread::sleep(Duration::from_secs(8));
-    nbd.signal(Signal::CONT);
-    let said = stack.sh(
-        "for i in $(seq 1800); do [ -s /run/slow.code ] && break; sleep 0.1; done\n\
-         [ \"$(cat /run/slow.code)\" = 0 ] || { cat /run/slow; tail -30 /run/daemon.log; exit 1; }\ncat /run/slow",
-    )?;
-    eprintln!("a stopped server: {}", said.lines().next().unwrap_or_default());
-    let shown = stack.call("bdev_nvme_get_controllers name=Slow")?;
+    let load = |disk: &str, more: &str| {
+        format!(
+            "rm -f /run/{disk}.code; ( {perf} --json /run/ringmill/{disk} -w verify -o 4k --span 2m {more} >/run/{disk} 2>&1; \
+             echo $? >/run/{disk}.code ) >/dev/null 2>&1 &\n"
+        )
+    };
+    stack.sh(&format!("{}sleep 5", load(disk, "-q 8 -t 25 --timeout 120")))?;
+    stack.sh(&load("ram", "-q 2 -t 12 --timeout 60"))?;
+    set_reach(stack, false)?;
+    std::thread::sleep(OUTAGE);
+    set_reach(stack, true)?;
+    let mut report = |disk: &str| {
+        let said = stack.sh(&format!(
+            "for i in $(seq 1800); do [ -s /run/{disk}.code ] && break; sleep 0.1; done\n\
+             [ \"$(cat /run/{disk}.code)\" = 0 ] || {{ cat /run/{disk}; tail -30 /run/daemon.log; exit 1; }}\n\
+             tr -d ' \\n' </run/{disk}",
+        ))?;
+        Ok(serde_json::from_str::<Value>(&said).unwrap_or_else(|error| panic!("{error}: {said}")))
+    };
+    let longest = |figures: Value| {
+        let longest_ns = figures["jobs"][0]["read"]["lat_ns"]["max"].as_u64();
+        Duration::from_nanos(longest_ns.unwrap_or_else(|| panic!("{figures}")))
+    };
+    let own = longest(report(disk)?);
+    let neighbour = longest(report("ram")?);
+    eprintln!("{name}: longest request {own:?}, its neighbour's {neighbour:?}");
+    let shown = stack.call(&format!("bdev_nvme_get_controllers name={name}"))?;
     let counters = &shown[0]["ctrlrs"][0]["counters"];
     eprintln!("{counters}");
-    assert!(counters["timeouts"].as_u64() >= Some(1), "{counters}");
-    stack.perf("/run/ringmill/slow -w verify -o 4k -q 8 --span 2m -t 1").map(drop)
+    assert!(counters["timeouts"].as_u64() >= Some(1) && own > OUTAGE / 4, "{counters}");
+    stack.perf(&format!("/run/ringmill/{disk} -w verify -o 4k -q 8 --span 2m -t 1"))?;
+    Ok(neighbour)
+}
+
+/// The server of the data stops and goes on.
+fn stopped_and_continued(stack: &mut Stack, nbd: &Nbd) -> Outcome {
+    // QEMU waits for the server, too, and lets its guest wait, as soon as the controller is reset: no word on neighbours.
+    out_of_reach(stack, ("Slow", "slow"), |_, is_reachable| {
+        nbd.signal(if is_reachable { Signal::CONT } else { Signal::STOP });
+        Ok(())
+    })
+    .map(drop)
+}
+
+/// What the disk's data may cost is limited: first so that it is only slow, then so that the driver cannot wait for it.
+fn throttled(stack: &mut Stack) -> Outcome {
+    stack.perf("/run/ringmill/narrow -w verify -o 4k -q 8 --span 1m -t 2")?;
+    let shown = stack.call("bdev_nvme_get_controllers name=Narrow")?;
+    let counters = &shown[0]["ctrlrs"][0]["counters"];
+    assert_eq!((&counters["timeouts"], &counters["resets"]), (&json!(0), &json!(0)), "{counters}");
+    let neighbour = out_of_reach(stack, ("Narrow", "narrow"), |stack, is_reachable| {
+        let iops = if is_reachable { 0 } else { 1 };
+        let limits = json!({
+            "id": "narrow", "iops": iops, "iops_rd": 0, "iops_wr": 0, "bps": 0, "bps_rd": 0, "bps_wr": 0,
+        });
+        stack.lent.guest.qmp().execute("block_set_io_throttle", &limits).map(drop)
+    })?;
+    assert!(neighbour < OUTAGE / 4, "{neighbour:?}");
+    Ok(())
 }
 
 /// Behind the port that devices are plugged into.
 const HOT: &str = "0000:01:00.0";
 
 #[test]
-fn a_lost_a_broken_and_a_stopped_device_hurt_only_their_own_requests() -> Outcome {
+fn lost_broken_stopped_and_throttled_devices_hurt_only_their_own_requests() -> Outcome {
     with_lab("NVMe over VFIO, faults", |lab| {
         let scratch = ScratchDir::new()?;
         let path = |name: &str| image(&scratch, name, 64 * MIB);
         let (broken, slow, hot) = (path("broken.img")?, path("slow.img")?, path("hot.img")?);
+        let mut narrow = one_disk(&path("narrow.img")?);
+        narrow.namespaces[0].drive += ",throttling.iops-total=200";
+        narrow.namespaces[0].properties = ",id=narrow".to_owned();
         let nbd_socket = scratch.path().join("nbd");
         let nbd = Nbd::start(&nbd_socket, &slow)?;
         let drive = |drive: String| NamespaceConfig { drive, properties: String::new() };
@@ -397,20 +450,23 @@ fn a_lost_a_broken_and_a_stopped_device_hurt_only_their_own_requests() -> Outcom
         let plugged = NvmeConfig { place: Some("bus=port0".to_owned()), ..one_disk(&hot) };
         let machine = MachineConfig {
             devices: vec!["pcie-root-port,id=port0,chassis=1,slot=1,addr=0x8".to_owned()],
-            ..machine(vec![alone(broken), alone(slow), plugged])
+            ..machine(vec![alone(broken), alone(slow), narrow, plugged])
         };
         let mut stack = Stack::boot(lab, &scratch, machine, "-m 0x2 --idle adaptive")?;
-        for address in [FIRST, SECOND, HOT] {
+        for address in [FIRST, SECOND, THIRD, HOT] {
             stack.lent.bind(address)?;
         }
         let mut config = String::new();
-        for (name, address, disk) in
-            [("Broken", FIRST, "broken"), ("Slow", SECOND, "slow"), ("Hot", HOT, "hot")]
-        {
+        for (name, address, disk) in [
+            ("Broken", FIRST, "broken"),
+            ("Slow", SECOND, "slow"),
+            ("Narrow", THIRD, "narrow"),
+            ("Hot", HOT, "hot"),
+        ] {
             config += &format!(
                 "[[nvme]]\nname = \"{name}\"\naddress = \"{address}\"\n\
                  timeout_ms = {}\n[[disk]]\nname = \"{disk}\"\nbdev = \"{name}n1\"\n",
-                if name == "Slow" { 2000 } else { 30000 }
+                if ["Slow", "Narrow"].contains(&name) { 2000 } else { 30000 }
             );
         }
         config += "[[disk]]\nname = \"ram\"\nbackend = \"malloc\"\nsize = \"16M\"\n";
@@ -419,10 +475,12 @@ fn a_lost_a_broken_and_a_stopped_device_hurt_only_their_own_requests() -> Outcom
         eprintln!("{}", stack.inside("bad_sector", "broken", "")?);
         plugged_out_and_in(&mut stack, &hot)?;
         stopped_and_continued(&mut stack, &nbd)?;
+        throttled(&mut stack)?;
         stack.stop()?;
         stack.lent.guest.quit()
     })
 }
 
-/// Where QEMU puts the second controller.
+/// Where QEMU puts the next controllers.
 const SECOND: &str = "0000:00:11.0";
+const THIRD: &str = "0000:00:12.0";
