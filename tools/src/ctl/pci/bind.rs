@@ -14,9 +14,10 @@ use ringmill_drivers::pci::PciAddress;
 use ringmill_drivers::vfio::is_vfio;
 
 use super::VFIO;
-use super::claim::claim;
+use super::claim::{claim, is_driven};
 use super::tables::Tables;
 use super::tree::{Function, Tree, text_of};
+use super::usage::Use;
 
 /// How long a driver may take to show up at a function after the probe was asked for: drivers that probe
 /// asynchronously, nvme among them, do so after the write has returned.
@@ -120,6 +121,11 @@ impl Binder<'_> {
         // With another driver there is nothing to do; whoever uses the disk does so through that one.
         if function.is_with_vfio() {
             self.check_use(&function, tables)?;
+            // The kernel would wait for them inside the write that takes it from vfio-pci.
+            if is_driven(self.tree, &function) {
+                let process = "a process that does not show it".to_owned();
+                return Err(format!("{address} is in use: {}", Use::Driven { process }.sentence()));
+            }
         }
         Ok(function)
     }

@@ -5,6 +5,7 @@
 
 mod bind;
 mod claim;
+mod loops;
 mod names;
 mod nodes;
 mod processes;
