@@ -113,8 +113,8 @@ fn a_device_that_dies_in_mid_load_fails_its_own_guests_and_keeps_what_was_flushe
 
 /// How long a controller says nothing, and the longest that a neighbour may then wait for its next answer, on a machine
 /// that is busy with other things.
-const SILENCE: Duration = Duration::from_secs(9);
-const GAP_MAX: Duration = Duration::from_secs(2);
+const SILENCE: Duration = Duration::from_secs(12);
+const GAP_MAX: Duration = Duration::from_secs(4);
 
 /// Keeps the neighbour busy while `act` runs on another thread: it must never wait long, and read what it wrote.
 fn never_stalls(what: &str, neighbour: &mut Exercise, act: impl FnOnce() + Send) {
@@ -132,6 +132,7 @@ fn never_stalls(what: &str, neighbour: &mut Exercise, act: impl FnOnce() + Send)
     neighbour.drain();
     neighbour.verify();
     let gap = neighbour.longest_gap;
+    eprintln!("{what}: the neighbour's longest gap was {gap:?}");
     assert!(gap < GAP_MAX, "{what}: the neighbour had no answer for {gap:?}");
     assert!(neighbour.completed_count > before + 1000, "{what}: {neighbour}");
 }

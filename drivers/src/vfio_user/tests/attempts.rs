@@ -33,7 +33,7 @@ fn dribble(peer: &mut Peer, message: &Message) -> Next {
 }
 
 fn assert_gone(result: Result<VfioUserBacking, PciError>) {
-    let error = result.err().expect("it is not up");
+    let error = result.expect_err("it is not up");
     assert!(matches!(error, PciError::Gone { .. }), "{error}");
 }
 
