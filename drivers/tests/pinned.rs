@@ -97,7 +97,7 @@ fn large_requests_of_many_segments_are_not_copied() {
                 assert!(data.iter().all(|&byte| byte == i ^ 0x5a), "segment {i}");
             }
         }
-        assert_eq!(bed.cx.io.bounce.taken_count(), 0, "pinned: {pinned}");
+        assert_eq!(bed.cx.io.bounces_count(), 0, "pinned: {pinned}");
         // Lists need Linux 6.15.
         let uses = bed.fixed_uses_count();
         assert!(uses == 0 || (pinned && uses >= 4), "pinned: {pinned}, {uses} uses");

@@ -113,6 +113,6 @@ fn bounces<F: Format>() {
             Box::new(AlignChannel::new(channel, rules, Some(locks)))
         });
         assert_eq!(allocations_of(&mut bench), 0);
-        assert!(bench.cx.io.bounce.taken_count() > 480, "the bounce path was not taken");
+        assert!(bench.cx.io.bounces_count() > 480, "the bounce path was not taken");
     }
 }

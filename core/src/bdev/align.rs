@@ -227,7 +227,7 @@ impl<C: Channel> AlignChannel<C> {
                 },
                 Step::Buffer if piece.through => Some(Step::IssueWrite),
                 Step::Buffer if io.fair.credit_bytes() == 0 => None,
-                Step::Buffer => match io.bounce.take(self.bounces_held) {
+                Step::Buffer => match io.take_bounce(self.inner.device(), self.bounces_held) {
                     None => None,
                     Some(bounce) => {
                         io.fair.spend(piece.len_bytes);
@@ -304,7 +304,7 @@ impl<C: Channel> AlignChannel<C> {
         let Some(job) = self.jobs.get_mut(tag) else { return };
         if let Some(bounce) = job.bounce.take() {
             self.bounces_held -= 1;
-            io.bounce.give_back(bounce);
+            io.give_back(self.inner.device(), bounce);
         }
         if std::mem::take(&mut job.locked)
             && let Some(locks) = &self.locks

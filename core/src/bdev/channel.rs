@@ -12,7 +12,7 @@ use std::collections::VecDeque;
 
 use crate::io::{BatchView, Completion, Completions};
 use crate::limits::QUEUE_INFLIGHT_MAX;
-use crate::reactor::IoCx;
+use crate::reactor::{DeviceSlot, IoCx};
 use crate::status::IoStatus;
 
 /// How much a channel would take now.
@@ -43,6 +43,11 @@ pub trait Channel: Send {
 
     /// True when only polling (and no event of the ring) moves this channel on: the reactor must not sleep.
     fn must_poll(&self) -> bool;
+
+    /// The reactor's device queue behind this channel, if there is one: its bounce buffers are used.
+    fn device(&self) -> Option<DeviceSlot> {
+        None
+    }
 
     /// Gives back what the channel holds of the reactor (ring places, files). Called once, with nothing in flight.
     fn close(&mut self, io: &mut IoCx);

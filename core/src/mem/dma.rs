@@ -202,14 +202,31 @@ impl MemTable {
             // Two regions of one mapping are one piece of memory for the device.
             let map = match self.dma_of(region.mapping()) {
                 Some(map) => Arc::clone(map),
-                None => match DmaMap::new_while(domain, region.mapping(), &wanted)? {
-                    Some(map) => Arc::new(map),
-                    None => return Ok(false),
+                None => match DmaMap::new_while(domain, region.mapping(), &wanted) {
+                    Ok(Some(map)) => Arc::new(map),
+                    Ok(None) => return Ok(false),
+                    Err(error) => return Err(self.and_the_rest(at, error)),
                 },
             };
             self.regions[at].dma = Some(map);
         }
         Ok(true)
+    }
+
+    /// What must be locked in all is what this region and those after it need.
+    #[cold]
+    fn and_the_rest(&self, at: usize, mut error: DmaError) -> DmaError {
+        if let DmaError::Memlock { need_bytes, .. } = &mut error {
+            let mut named = vec![self.regions[at].mapping()];
+            for region in self.regions[at..].iter().filter(|region| region.dma.is_none()) {
+                let mapping = region.mapping();
+                if !named.iter().any(|known| Arc::ptr_eq(known, mapping)) {
+                    *need_bytes = need_bytes.saturating_add(mapping.pages().1 as u64);
+                    named.push(mapping);
+                }
+            }
+        }
+        error
     }
 
     /// The same memory, and no device reaches it by this table.
@@ -251,7 +268,9 @@ mod tests {
         fn map(&self, mapping: &Arc<Mapping>) -> Result<(), DmaError> {
             let mut mapped = self.mapped.lock().unwrap();
             if mapped.len() - self.unmapped.lock().unwrap().len() >= self.room {
-                return Err(DmaError::Gone { device: "full".to_owned() });
+                let (device, limit) = ("full".to_owned(), "full".to_owned());
+                let need_bytes = 1000 + mapping.pages().1 as u64;
+                return Err(DmaError::Memlock { device, need_bytes, limit });
             }
             mapped.push(mapping.pages().0.0);
             Ok(())
@@ -323,7 +342,14 @@ mod tests {
         add(&mut new, 2 << 20);
         new.share_dma(&old);
         let mut again = new.clone();
-        assert!(matches!(new.map_into(&domain, || true), Err(DmaError::Gone { .. })));
+        // The third does not fit, and neither does the fourth; the fifth is the fourth's memory.
+        add(&mut new, 3 << 20);
+        let spec = RegionSpec { guest_addr: GuestAddr(4 << 20), len_bytes: 4096, user_addr: 0 };
+        new.add(spec, Arc::clone(new.regions[3].mapping())).unwrap();
+        let Err(DmaError::Memlock { need_bytes, .. }) = new.map_into(&domain, || true) else {
+            panic!("there is no room");
+        };
+        assert_eq!(need_bytes, 1000 + 2 * LEN as u64);
         drop(new);
         assert_eq!(notes.counts(), (2, 1));
         let asked = std::cell::Cell::new(0);

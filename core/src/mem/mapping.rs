@@ -283,7 +283,7 @@ mod tests {
     use super::*;
 
     fn memfd(len: u64) -> OwnedFd {
-        let fd = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let fd = rustix::fs::memfd_create("test", MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&fd, len).unwrap();
         fd
     }

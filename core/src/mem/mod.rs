@@ -17,7 +17,7 @@ mod sigbus;
 mod window;
 
 pub use arena::arena;
-pub use bounce::{Bounce, BouncePool, bounce_memory};
+pub use bounce::{Bounce, BouncePool};
 pub use dma::{DmaDomain, DmaError, DmaMap, IovaOffset};
 pub use guest::{MemTable, MemTableError, Region, RegionSpec};
 pub use mapping::{Mapping, MappingError};

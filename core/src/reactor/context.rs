@@ -4,9 +4,9 @@
 //! bounce memory are reached only through here.
 
 use crate::io::{Batch, Completions};
-use crate::mem::{BouncePool, MappingError, SegmentLists};
+use crate::mem::{Bounce, BouncePool, MappingError, SegmentLists};
 
-use super::{Clock, DeviceQueues, Entropy, Fair, Ring, RingError};
+use super::{Clock, DeviceQueues, DeviceSlot, Entropy, Fair, Ring, RingError};
 
 /// The part that channels use.
 #[derive(Debug)]
@@ -21,8 +21,10 @@ pub struct IoCx {
     pub polled: Option<Ring>,
     /// Queues of devices that this reactor drives itself.
     pub devices: DeviceQueues,
-    /// Aligned memory for what a device cannot take as it is.
+    /// Aligned memory for what a device without buffers of its own cannot take as it is.
     pub bounce: BouncePool,
+    /// Buffers taken since start, for the "zero copies" proofs and the operator.
+    bounces_count: u64,
     /// Memory for the segment lists of requests in flight.
     pub lists: SegmentLists,
     /// How much the queue being polled may move.
@@ -30,6 +32,35 @@ pub struct IoCx {
 }
 
 impl IoCx {
+    fn bounces_of(&mut self, device: Option<DeviceSlot>) -> &mut BouncePool {
+        let IoCx { devices, bounce, .. } = self;
+        device.and_then(|slot| devices.bounces(slot)).unwrap_or(bounce)
+    }
+
+    /// Takes a bounce buffer for a channel to that device that holds `held` already; see [`BouncePool::take`].
+    pub fn take_bounce(&mut self, device: Option<DeviceSlot>, held: usize) -> Option<Bounce> {
+        let bounce = self.bounces_of(device).take(held)?;
+        self.bounces_count += 1;
+        Some(bounce)
+    }
+
+    /// Returns it.
+    pub fn give_back(&mut self, device: Option<DeviceSlot>, bounce: Bounce) {
+        self.bounces_of(device).give_back(bounce);
+    }
+
+    /// Buffers taken since start.
+    #[must_use]
+    pub fn bounces_count(&self) -> u64 {
+        self.bounces_count
+    }
+
+    /// Buffers of all pools that are in use.
+    #[cold]
+    pub fn bounces_out_count(&mut self) -> usize {
+        self.bounce.out_count() + self.devices.bounces_out_count()
+    }
+
     /// Uses `spare` as the polled ring if there is none yet; gives it back otherwise, to be dropped by a control thread.
     ///
     /// # Errors
@@ -85,6 +116,7 @@ impl ReactorCx {
                 polled: None,
                 devices: DeviceQueues::default(),
                 bounce: BouncePool::new()?,
+                bounces_count: 0,
                 lists: SegmentLists::default(),
                 fair: Fair::default(),
             },

@@ -9,6 +9,7 @@ use std::any::Any;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::Ring;
+use crate::mem::BouncePool;
 
 /// A device queue as its reactor sees it. What channels do with it is between them and its type.
 pub trait DeviceQueue: Any + Send {
@@ -23,6 +24,11 @@ pub trait DeviceQueue: Any + Send {
     /// Called after every [`DeviceQueue::prepare_sleep`], slept or not: interrupts are no longer wanted. `now_ns` is for what
     /// the next pass starts, before its own commit.
     fn wake(&mut self, ring: &mut Ring, now_ns: u64);
+
+    /// Bounce buffers that the device reaches, if it moves data by itself.
+    fn bounces(&mut self) -> Option<&mut BouncePool> {
+        None
+    }
 }
 
 /// Names a device over the life of the process.
@@ -107,6 +113,18 @@ impl DeviceQueues {
             self.entries.get_mut(slot.at)?.as_mut().filter(|entry| entry.key == slot.key)?;
         let queue: &mut dyn Any = entry.queue.as_mut();
         queue.downcast_mut()
+    }
+
+    /// [`DeviceQueue::bounces`] of the queue of `slot`, if it is still there.
+    pub(super) fn bounces(&mut self, slot: DeviceSlot) -> Option<&mut BouncePool> {
+        let entry =
+            self.entries.get_mut(slot.at)?.as_mut().filter(|entry| entry.key == slot.key)?;
+        entry.queue.bounces()
+    }
+
+    /// Bounce buffers of all queues that are in use.
+    pub(super) fn bounces_out_count(&mut self) -> usize {
+        self.all().filter_map(|queue| queue.bounces()).map(|pool| pool.out_count()).sum()
     }
 
     #[inline]

@@ -213,7 +213,7 @@ impl Reactor {
             let rings = [&self.cx.io.ring, &self.cx.io.polled];
             let enters = rings.into_iter().flatten().map(Ring::enters_count).sum();
             stats.ring_enters_count.store(enters, Ordering::Relaxed);
-            stats.bounces_count.store(self.cx.io.bounce.taken_count(), Ordering::Relaxed);
+            stats.bounces_count.store(self.cx.io.bounces_count(), Ordering::Relaxed);
         }
     }
 

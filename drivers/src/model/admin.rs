@@ -335,7 +335,20 @@ impl Machine {
         }
         let shift = self.link.doorbells_shift;
         let shadow = Shadow::new(doorbells, events, usize_of(page_bytes), shift, &self.reach);
-        self.admin.shadow = Some(shadow.ok_or(Refusal::fault())?);
+        let shadow = shadow.ok_or(Refusal::fault())?;
+        // From here on a controller may read them instead of the registers, so they must not be older.
+        for is_completion in [false, true] {
+            let rung =
+                self.link.bar.load_u32(self.link.doorbell(0, is_completion), Ordering::Acquire);
+            let mirrored = shadow.load(0, is_completion);
+            if mirrored != Some(rung) {
+                let side = if is_completion { "completion" } else { "submission" };
+                self.link.counters.protocol_error(|| {
+                    format!("admin {side} doorbell {rung} is {mirrored:?} in its shadow")
+                });
+            }
+        }
+        self.admin.shadow = Some(shadow);
         Ok(Answer::OK)
     }
 

@@ -112,6 +112,11 @@ impl ModelControl {
         self.call(move |machine| machine.faults.reset_fails = fails);
     }
 
+    /// Offers doorbells in memory from the next identify on, or does not.
+    pub fn set_doorbell_buffer(&self, is_offered: bool) {
+        self.call(move |machine| machine.options.doorbell_buffer = is_offered);
+    }
+
     /// At most so many I/O queues are granted.
     pub fn set_queues_granted(&self, count: u16) {
         self.call(move |machine| machine.faults.queues_max = count);

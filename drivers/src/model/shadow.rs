@@ -61,7 +61,7 @@ impl Shadow {
         (at < self.page_bytes).then_some(at)
     }
 
-    fn load(&self, queue: u16, is_completion: bool) -> Option<u32> {
+    pub(super) fn load(&self, queue: u16, is_completion: bool) -> Option<u32> {
         let at = self.at(queue, is_completion)?;
         Some(self.doorbells.as_ref()?.load_u32(at, Ordering::Acquire))
     }

@@ -27,13 +27,10 @@ const ENTRIES: u16 = 32;
 const EVENTS_OUT_MAX: usize = 4;
 
 /// Events that came and were not looked at. More of a kind say nothing new.
-const EVENTS_KEPT_MAX: usize = 16;
+pub(super) const EVENTS_KEPT_MAX: usize = 16;
 
 /// CIDs of event requests; those of commands are below.
 const EVENT_CID_FIRST: u16 = 0x8000;
-
-/// Who wants the device back waits that long for a command: after its answer there can be an orderly end.
-const PATIENCE: Duration = Duration::from_secs(2);
 
 /// How long a wait polls without a pause.
 const SPIN: Duration = Duration::from_micros(50);
@@ -68,6 +65,8 @@ pub(super) struct AdminQueue {
     data: SharedSlice,
     tail: u16,
     head: u16,
+    /// How far the device has fetched, as it said last.
+    fetched: u16,
     phase: bool,
     next_cid: u16,
     events_out: Vec<u16>,
@@ -78,7 +77,7 @@ pub(super) struct AdminQueue {
     broken: bool,
     sq_doorbell_bytes: usize,
     cq_doorbell_bytes: usize,
-    /// The page of doorbells in memory, once the device has been told about it.
+    /// The page of doorbells in memory, where the device is told about it.
     shadow: Option<SharedSlice>,
     iova: u64,
     /// Last: the device reaches the memory until here.
@@ -104,6 +103,7 @@ impl AdminQueue {
             submission,
             tail: 0,
             head: 0,
+            fetched: 0,
             phase: true,
             next_cid: 0,
             events_out: Vec::with_capacity(EVENTS_OUT_MAX),
@@ -123,7 +123,7 @@ impl AdminQueue {
         for window in [&self.submission, &self.completion, &self.data] {
             window.fill_zero();
         }
-        (self.tail, self.head, self.phase) = (0, 0, true);
+        (self.tail, self.head, self.fetched, self.phase) = (0, 0, 0, true);
         self.events_out.clear();
         self.events_wanted = 0;
         self.events.clear();
@@ -143,14 +143,34 @@ impl AdminQueue {
         self.stale_count
     }
 
+    /// Entries that the device may not have seen yet.
+    pub(super) fn has_unfetched(&self) -> bool {
+        self.fetched != self.tail
+    }
+
     /// Nothing more can be asked before a reset.
     pub(super) fn is_broken(&self) -> bool {
         self.broken
     }
 
-    /// From now on the device may look into this page instead of at its registers.
-    pub(super) fn use_shadow(&mut self, page: SharedSlice) {
-        self.shadow = Some(page);
+    /// Before the device is told of these pages, which it may read at any time from then on (Base 2.0 §B.5): their words are
+    /// the doorbells, and follow them. Zeroes would be a tail from before the commands that were sent already. QEMU's
+    /// controller sets them to its own, as other drivers leave the admin queue's alone; that is not to be counted on.
+    pub(super) fn use_shadow(&mut self, values: SharedSlice, event_indices: &SharedSlice) {
+        let first = doorbell_offset(0, false, 0);
+        for (at, value) in
+            [(self.sq_doorbell_bytes, self.tail), (self.cq_doorbell_bytes, self.head)]
+        {
+            for page in [&values, event_indices] {
+                page.store_u32(at - first, u32::from(value), Ordering::Release);
+            }
+        }
+        self.shadow = Some(values);
+    }
+
+    /// The device does not look there.
+    pub(super) fn forget_shadow(&mut self) {
+        self.shadow = None;
     }
 
     fn ring<R: Registers>(&self, bar: &Bar<R>, completion: bool) {
@@ -186,6 +206,7 @@ impl AdminQueue {
                 break;
             }
             any = true;
+            self.fetched = cqe.sq_head();
             self.head = (self.head + 1) % ENTRIES;
             if self.head == 0 {
                 self.phase = !self.phase;
@@ -247,8 +268,8 @@ impl AdminQueue {
                 self.broken = true;
                 return Err(error);
             }
-            if elapsed >= PATIENCE
-                && let Err(error) = bar.check_wanted(start)
+            if elapsed > SPIN
+                && let Err(error) = bar.check_wanted_by_command()
             {
                 self.broken = true;
                 return Err(error);

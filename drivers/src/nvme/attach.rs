@@ -130,9 +130,7 @@ fn start<B: PciBacking>(
     for pair in &pairs {
         common.count_pair(&pair.shared);
     }
-    // While nobody waits: with a slow device behind a socket each pool may take long.
-    let end = common.map_bounces().map_err(NvmeError::from);
-    let end = end.and_then(|()| refresh(&mut controller, &common).map(|_| ()));
+    let end = refresh(&mut controller, &common).map(|_| ());
     if let Err(error) = end.and_then(|()| controller.watch_events()) {
         // Before the memory is taken away that it may write to.
         backing.close();
@@ -140,7 +138,7 @@ fn start<B: PciBacking>(
         return Err(error);
     }
     let asked = Arc::clone(&common);
-    controller.bar.wanted_back = Some(WantedBack(Arc::new(move || asked.is_wanted_back())));
+    controller.bar.wanted_back = Some(WantedBack(Arc::new(move || asked.wanted())));
     let keeper = Keeper {
         controller,
         common: Arc::clone(&common),
@@ -156,6 +154,7 @@ fn start<B: PciBacking>(
         commands_seen: 0,
         stale_seen: 0,
         warnings_seen: 0,
+        unread: super::events::Unread::default(),
         last_look: Instant::now(),
         last_wanted: Instant::now(),
         bound: false,
@@ -208,7 +207,7 @@ fn describe<B: PciBacking>(
         transfer_bytes_max: data.transfer_bytes_max.unwrap_or(0),
         sgl: data.sgl,
         write_cache: data.write_cache,
-        shadow_doorbells: controller.shadow.is_some(),
+        shadow_doorbells: controller.shadow.is_used(),
         quirks: controller.quirks.words(),
         counters: Counters::default(),
         last_error: None,
@@ -222,6 +221,7 @@ impl<B: PciBacking> NvmeControl for Handle<B> {
         ControllerInfo {
             state: status.state,
             last_error: status.last_error.clone(),
+            shadow_doorbells: self.common.has_shadow(),
             counters,
             ..self.common.fixed.clone()
         }

@@ -119,7 +119,6 @@ impl<B: PciBacking> Bdev for NvmeBdev<B> {
 
     fn open_channel(&self, home: Option<&ReactorHandle>) -> Result<ChannelSeed, BdevError> {
         let common = &self.common;
-        common.map_bounces().map_err(|error| self.refused(error))?;
         let (waiting, commands_max) = (self.waiting(home)?, common.fixed.queue_entries - 1);
         let mut channel = NvmeChannel::<B::Registers>::new(&self.shape, commands_max);
         let (key, info) = (common.key, Arc::clone(&self.info));
@@ -174,7 +173,7 @@ impl<B: PciBacking> Bdev for NvmeBdev<B> {
             ("transfer_bytes_max", self.shape.transfer_bytes_max.to_string()),
             ("boundary_bytes", self.shape.boundary_bytes.to_string()),
             ("sgl", self.shape.sgl.to_string()),
-            ("shadow_doorbells", fixed.shadow_doorbells.to_string()),
+            ("shadow_doorbells", self.common.has_shadow().to_string()),
             ("memory_alignment_bytes", self.rules.address_bytes.to_string()),
             ("commands", pairs.commands.to_string()),
             ("doorbells", pairs.doorbells.to_string()),

@@ -16,7 +16,7 @@ use ringmill_core::bdev::{BdevError, BdevInfo, Channel, ReadyQueue, Room};
 use ringmill_core::io::{BatchView, Completion, Completions, IoRequest, Slots, Tag};
 use ringmill_core::limits::{BATCH_REQUESTS_MAX, QUEUE_INFLIGHT_MAX};
 use ringmill_core::mem::{ListsHeld, Segment, SegmentLists};
-use ringmill_core::reactor::{DeviceSlot, IoCx};
+use ringmill_core::reactor::{DeviceKey, DeviceQueue, DeviceSlot, IoCx};
 
 use super::job::Job;
 use super::list::Cursor;
@@ -45,7 +45,18 @@ pub struct NvmeChannel<R> {
     pub(super) lists_held: ListsHeld,
     /// Its inbox before it joins and after it has left.
     inbox: VecDeque<Ended>,
+    /// Its pair, where this was the last channel of a controller that was detached: to be dropped with it, on a control thread.
+    legacy: Option<Legacy>,
     registers: PhantomData<fn() -> R>,
+}
+
+/// A pair that was taken from its reactor.
+struct Legacy(#[expect(dead_code, reason = "to be dropped")] Box<dyn DeviceQueue>);
+
+impl std::fmt::Debug for Legacy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Legacy")
+    }
 }
 
 /// What became of an offered request.
@@ -73,6 +84,7 @@ impl<R: Registers> NvmeChannel<R> {
             ready: ReadyQueue::new(jobs_max + BATCH_REQUESTS_MAX.min(QUEUE_INFLIGHT_MAX)),
             lists_held: ListsHeld::default(),
             inbox: VecDeque::with_capacity(jobs_max),
+            legacy: None,
             registers: PhantomData,
         }
     }
@@ -301,10 +313,32 @@ impl<R: Registers> Channel for NvmeChannel<R> {
     }
 
     #[cold]
+    fn device(&self) -> Option<DeviceSlot> {
+        self.slot
+    }
+
     fn close(&mut self, io: &mut IoCx) {
         let pair = self.slot.and_then(|slot| io.devices.get_mut::<QueuePair<R>>(slot));
         if let (Some(pair), Some(member)) = (pair, self.member.take()) {
             self.inbox = pair.slots.leave(member);
+            if pair.shared.is_abandoned() && pair.is_unused() {
+                let key = pair.key;
+                self.legacy = take_out::<R>(io, key).map(Legacy);
+            }
         }
     }
+}
+
+/// Takes an unused pair from its reactor.
+#[cold]
+pub(super) fn take_out<R: Registers>(
+    io: &mut IoCx,
+    key: DeviceKey,
+) -> Option<Box<dyn DeviceQueue>> {
+    let IoCx { devices, ring, .. } = io;
+    let pair = devices.find(key).and_then(|slot| devices.get_mut::<QueuePair<R>>(slot));
+    if let (Some(pair), Some(ring)) = (pair, ring) {
+        pair.leave(ring);
+    }
+    devices.remove(key)
 }

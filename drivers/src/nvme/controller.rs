@@ -8,6 +8,7 @@
 //! NVMe Base 2.0 §3.5 (initialization), §3.6 (shutdown), §3.7 (reset).
 
 use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
 use ringmill_core::spec::nvme::{cc, csts};
@@ -15,14 +16,19 @@ use ringmill_core::spec::nvme::{cc, csts};
 use super::admin::AdminQueue;
 use super::identify::{ControllerData, SetLimits};
 use super::parts::QueueMemory;
-use super::queues::ShadowPages;
+use super::queues::Shadow;
 use super::quirks::{INIT_DELAY, Quirks, READY_DELAY};
-use super::registers::{Bar, Capabilities, WantedBack, doorbell_offset, enabled_configuration};
+use super::registers::{
+    Bar, Capabilities, Wanted, WantedBack, doorbell_offset, enabled_configuration,
+};
 use super::{NvmeError, NvmeOptions};
 use crate::pci::{CancelToken, PciBacking, Registers};
 
 /// What of the time for a shutdown is kept for the stop after it.
 const STOP_LEAST: Duration = Duration::from_millis(500);
+
+/// How often a wait for a reset of the function looks whether it is to go on.
+const RESET_LOOK: Duration = Duration::from_millis(50);
 
 /// How long a controller that could not be used is waited for, before it is closed in whatever state it is.
 const STOP_AFTER_FAILURE: Duration = Duration::from_secs(2);
@@ -51,7 +57,7 @@ pub(super) struct Controller<B: PciBacking> {
     pub(super) admin: AdminQueue,
     pub(super) data: ControllerData,
     pub(super) limits: SetLimits,
-    pub(super) shadow: Option<ShadowPages>,
+    pub(super) shadow: Shadow,
     /// Memory of queues whose creation failed: the device may have made them. Held until it has stopped.
     pub(super) orphans: Vec<Arc<QueueMemory>>,
     pub(super) timeout_admin: Duration,
@@ -80,7 +86,12 @@ impl<B: PciBacking> Controller<B> {
         backing.set_bus_master(false)?;
         let (mut bar, cap) = map_registers(&*backing, pairs_wanted)?;
         let waits = token.clone();
-        bar.wanted_back = Some(WantedBack(Arc::new(move || waits.ended().is_some())));
+        // There is nothing yet that would need an orderly end.
+        let (for_command, for_others) = (Duration::ZERO, Duration::ZERO);
+        bar.wanted_back = Some(WantedBack(Arc::new(move || {
+            let since = Instant::now();
+            waits.ended().map(|_| Wanted { since, for_command, for_others })
+        })));
         let version = bar.version()?;
         let command_set = check(&bar, cap, version)?;
         let admin = AdminQueue::new(&backing.dma(), cap)?;
@@ -93,7 +104,7 @@ impl<B: PciBacking> Controller<B> {
             admin,
             data: ControllerData::parse(&[], quirks),
             limits: SetLimits::default(),
-            shadow: None,
+            shadow: Shadow::Undecided,
             orphans: Vec::new(),
             timeout_admin: options.timeout_admin,
             ready_most: options.ready_timeout_max,
@@ -121,9 +132,12 @@ impl<B: PciBacking> Controller<B> {
         self.bar.ready_within(self.cap, self.ready_most)
     }
 
-    /// CC.EN = 0, and the proof that it was obeyed: RDY = 0. Then it reaches no memory. Bus master goes off as well.
+    /// CC.EN = 0, and the proof that it was obeyed: RDY = 0. Then it reaches no memory. Bus master goes off as well. All of it
+    /// within `at_most`; and each step within what the controller says.
     pub(super) fn disable(&mut self, at_most: Duration) -> Result<(), NvmeError> {
-        let within = self.ready_within().min(at_most);
+        let start = Instant::now();
+        let ready_within = self.ready_within();
+        let left = || ready_within.min(at_most.saturating_sub(start.elapsed()));
         let configuration = self.bar.configuration()?;
         if configuration & cc::EN != 0 {
             let status = self.bar.status()?;
@@ -131,6 +145,8 @@ impl<B: PciBacking> Controller<B> {
                 // On its way up; it must arrive before it may be stopped (Base 2.0 §3.5.1). One that does not is stopped
                 // all the same.
                 let words = ("become ready", "power it off and on");
+                // Half of the time is for the stop.
+                let within = left().min(at_most / 2);
                 match self.bar.wait_status(csts::RDY, csts::RDY, within, true, words) {
                     Err(error) if error.is_gone() => return Err(error),
                     _ => {}
@@ -138,11 +154,15 @@ impl<B: PciBacking> Controller<B> {
             }
             self.bar.set_configuration(configuration & !(cc::EN | cc::SHN_MASK));
             if self.quirks.has(Quirks::DELAY_BEFORE_READY) {
-                std::thread::sleep(READY_DELAY);
+                if at_most.saturating_sub(start.elapsed()) < READY_DELAY {
+                    // Its status must not be read yet, so that there is no proof in time.
+                    return Err(self.bar.refused("it takes longer to stop than there is time"));
+                }
+                self.bar.pause(READY_DELAY)?;
             }
         }
         let words = ("stop after CC.EN was cleared", "power it off and on");
-        self.bar.wait_status(csts::RDY, 0, within, true, words)?;
+        self.bar.wait_status(csts::RDY, 0, left(), true, words)?;
         self.backing.set_bus_master(false)?;
         self.orphans.clear();
         Ok(())
@@ -171,8 +191,34 @@ impl<B: PciBacking> Controller<B> {
 
     /// FLR, and a look whether it worked.
     pub(super) fn reset_function(&mut self) -> Result<(), NvmeError> {
-        self.backing.reset()?;
+        self.reset_backing()?;
         self.disable(Duration::MAX)
+    }
+
+    /// What the kernel or a server does in a reset cannot be cut short, but waiting for it can: it has a thread of its own. One
+    /// that is left alone ends by itself; `close` is allowed meanwhile.
+    fn reset_backing(&self) -> Result<(), NvmeError> {
+        let (answer, end) = sync_channel(1);
+        let backing = Arc::clone(&self.backing);
+        let thread = std::thread::Builder::new().name("nvme-reset".to_owned());
+        let thread = thread.spawn(move || {
+            // Nobody may wait any more.
+            let _ = answer.send(backing.reset());
+        });
+        thread.map_err(|source| crate::pci::PciError::Io {
+            device: self.backing.name().to_owned(),
+            what: "cannot start a thread to reset it".to_owned(),
+            source,
+        })?;
+        loop {
+            match end.recv_timeout(RESET_LOOK) {
+                Ok(end) => return Ok(end?),
+                Err(RecvTimeoutError::Timeout) => self.bar.check_wanted()?,
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(self.bar.refused("its reset ended without an answer"));
+                }
+            }
+        }
     }
 
     /// Tells it to make everything stable, then disables it. For a controller without commands.

@@ -157,6 +157,19 @@ impl<B: PciBacking> Controller<B> {
         Ok(parse_health(&page))
     }
 
+    /// Waits until it has fetched what was sent, event requests too: it has once it answers something that came after them.
+    pub(super) fn settle(&mut self, within: Duration) -> Result<(), NvmeError> {
+        if !self.admin.has_unfetched() || self.admin.is_broken() {
+            return Ok(());
+        }
+        let mut entry = Sqe::new(admin::GET_FEATURES, 0, 0);
+        entry.0[10] = feature::NUMBER_OF_QUEUES;
+        match self.admin.command(&self.bar, entry, "get features (number of queues)", within) {
+            Err(error) if refused_with(&error).is_none() => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// Asks to be told of what happens.
     pub(super) fn watch_events(&mut self) -> Result<(), NvmeError> {
         let optional = event::ENABLE_NAMESPACE & self.data.events;
@@ -172,13 +185,13 @@ impl<B: PciBacking> Controller<B> {
         Ok(())
     }
 
-    /// Reads the log page of an event, without which it does not come again.
+    /// Reads the log page of an event, without which it does not come again. A page that it does not know needs no reading.
     pub(super) fn clear_event(&mut self, event: Event) -> Result<(), NvmeError> {
         let len_bytes =
             if event.log_page == log::CHANGED_NAMESPACES { IDENTIFY_BYTES } else { LOG_PEEK_BYTES };
         match self.log_page(event.log_page, len_bytes) {
-            Err(error) if refused_with(&error).is_none() => Err(error),
-            _ => Ok(()),
+            Err(error) if refused_with(&error).is_some_and(is_unknown) => Ok(()),
+            end => end.map(|_| ()),
         }
     }
 }

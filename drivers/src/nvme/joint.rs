@@ -8,19 +8,28 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use ringmill_core::mem::{DmaDomain, DmaError, DmaMap, bounce_memory};
+use ringmill_core::mem::DmaDomain;
 use ringmill_core::reactor::{DeviceKey, ReactorHandle};
 
 use super::bdev::NvmeBdev;
 use super::qpair::QueuePair;
+use super::registers::Wanted;
 use super::report::{ControllerInfo, ControllerState, Counters, Health, NamespaceInfo};
 use super::{NvmeError, NvmeOptions, QueueCounters, QueueShared};
 use crate::pci::{DeviceNews, PciBacking};
 
 /// News that are kept while the thread waits for something else; as many as it reads in a turn.
 const NEWS_KEPT_MAX: usize = 8;
+
+/// How long what is under way is waited for when the device is wanted back, commands and all else; and when it is to be
+/// detached.
+const REMOVAL_PATIENCE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_millis(300));
+const DETACH_PATIENCE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(2));
+
+/// All waits after such news together; what is left of 5 s is for hearing of it, and for what is no wait.
+pub(super) const REMOVAL_WITHIN: Duration = Duration::from_millis(4500);
 
 /// What the thread is asked for.
 pub(super) enum Request<B: PciBacking> {
@@ -100,6 +109,27 @@ fn add(sum: &mut QueueCounters, of: QueueCounters) {
     sum.strange += of.strange;
 }
 
+/// Who waits for the end.
+#[derive(Debug, Default)]
+struct Ends {
+    /// News that were read while the thread waited for something else.
+    early: VecDeque<DeviceNews>,
+    /// When it was heard that the device is wanted back, or gone.
+    removal: Option<Instant>,
+    /// When it was asked to be detached.
+    detach: Option<Instant>,
+    /// The thread is at it: nobody has to be told.
+    is_detaching: bool,
+}
+
+impl Ends {
+    fn note(&mut self, news: DeviceNews) {
+        if matches!(news, DeviceNews::Requested | DeviceNews::Gone) && self.removal.is_none() {
+            self.removal = Some(Instant::now());
+        }
+    }
+}
+
 /// See the module.
 pub(super) struct Joint<B: PciBacking> {
     pub(super) key: DeviceKey,
@@ -114,11 +144,10 @@ pub(super) struct Joint<B: PciBacking> {
     pub(super) tally: Tally,
     requests: Sender<Request<B>>,
     nudge: Arc<OwnedFd>,
-    bounces: Mutex<Vec<DmaMap>>,
     status: Mutex<Status<B>>,
     figures: Mutex<PairFigures>,
-    detached: AtomicBool,
-    early_news: Mutex<VecDeque<DeviceNews>>,
+    shadow_lost: AtomicBool,
+    ends: Mutex<Ends>,
 }
 
 impl<B: PciBacking> std::fmt::Debug for Joint<B> {
@@ -156,7 +185,6 @@ impl<B: PciBacking> Joint<B> {
             tally: Tally::default(),
             requests: parts.requests,
             nudge: parts.nudge,
-            bounces: Mutex::default(),
             status: Mutex::new(Status {
                 state: ControllerState::Enabled,
                 last_error: None,
@@ -164,8 +192,8 @@ impl<B: PciBacking> Joint<B> {
                 health: None,
             }),
             figures: Mutex::default(),
-            detached: AtomicBool::new(false),
-            early_news: Mutex::default(),
+            shadow_lost: AtomicBool::new(false),
+            ends: Mutex::default(),
         }
     }
 
@@ -173,27 +201,55 @@ impl<B: PciBacking> Joint<B> {
         locked(&self.status)
     }
 
+    /// Doorbells are registers from now on.
+    pub(super) fn lose_shadow(&self) {
+        self.shadow_lost.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn has_shadow(&self) -> bool {
+        self.fixed.shadow_doorbells && !self.shadow_lost.load(Ordering::Relaxed)
+    }
+
     /// True for the first who asks.
     pub(super) fn begin_detach(&self) -> bool {
-        !self.detached.swap(true, Ordering::AcqRel)
+        let mut ends = locked(&self.ends);
+        let is_first = ends.detach.is_none();
+        ends.detach.get_or_insert_with(Instant::now);
+        is_first
+    }
+
+    /// The thread does what it was asked for; only a removal is news from now on.
+    pub(super) fn note_detaching(&self) {
+        locked(&self.ends).is_detaching = true;
     }
 
     /// Whether somebody waits for the end: it is to be detached, or there is such news. The news are kept for
     /// [`Joint::next_news`].
-    pub(super) fn is_wanted_back(&self) -> bool {
-        let mut early = locked(&self.early_news);
-        while early.len() < NEWS_KEPT_MAX
+    pub(super) fn wanted(&self) -> Option<Wanted> {
+        let mut ends = locked(&self.ends);
+        while ends.early.len() < NEWS_KEPT_MAX
             && let Some(news) = self.backing.news()
         {
-            early.push_back(news);
+            ends.note(news);
+            ends.early.push_back(news);
         }
-        let ends = |news: &DeviceNews| matches!(news, DeviceNews::Requested | DeviceNews::Gone);
-        self.detached.load(Ordering::Acquire) || early.iter().any(ends)
+        let wanted =
+            |(for_command, for_others)| move |since| Wanted { since, for_command, for_others };
+        let detach = ends.detach.filter(|_| !ends.is_detaching);
+        let removal = ends.removal.map(wanted(REMOVAL_PATIENCE));
+        removal.or_else(|| detach.map(wanted(DETACH_PATIENCE)))
+    }
+
+    /// When a removal must be over that is known of.
+    pub(super) fn removal_by(&self) -> Option<Instant> {
+        locked(&self.ends).removal.map(|since| since + REMOVAL_WITHIN)
     }
 
     pub(super) fn next_news(&self) -> Option<DeviceNews> {
-        let early = locked(&self.early_news).pop_front();
-        early.or_else(|| self.backing.news())
+        let mut ends = locked(&self.ends);
+        let news = ends.early.pop_front().or_else(|| self.backing.news())?;
+        ends.note(news);
+        Some(news)
     }
 
     pub(super) fn down(&self) -> NvmeError {
@@ -213,29 +269,11 @@ impl<B: PciBacking> Joint<B> {
         answer.recv().map_err(|_| self.down())
     }
 
-    /// Makes all bounce buffers that there are now reachable; each pool once.
-    pub(super) fn map_bounces(&self) -> Result<(), DmaError> {
-        let mut maps = locked(&self.bounces);
-        // A pool that only we hold belongs to a reactor that has ended.
-        maps.retain(|map| Arc::strong_count(map.mapping()) > 1);
-        for pool in bounce_memory() {
-            if !maps.iter().any(|map| Arc::ptr_eq(map.mapping(), &pool)) {
-                maps.push(DmaMap::new(&self.domain, &pool)?);
-            }
-        }
-        Ok(())
-    }
-
-    /// The end, after the device was closed: no memory is held for it, and namespaces do not keep this alive.
+    /// The end, after the device was closed: its namespaces, which hold this, are not held here.
     pub(super) fn forget(&self) {
-        self.unmap_bounces();
-        self.status().namespaces.clear();
-    }
-
-    /// Forgets them, once the device is closed.
-    pub(super) fn unmap_bounces(&self) {
-        let maps = std::mem::take(&mut *locked(&self.bounces));
-        drop(maps);
+        let namespaces = std::mem::take(&mut self.status().namespaces);
+        // Outside of the lock: this may be the last that holds a bdev.
+        drop(namespaces);
     }
 
     pub(super) fn count_pair(&self, shared: &Arc<QueueShared>) {

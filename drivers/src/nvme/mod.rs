@@ -11,11 +11,11 @@ mod bdev;
 mod channel;
 mod controller;
 mod error;
+mod events;
 mod identify;
 mod inquiry;
 mod job;
 mod joint;
-
 mod list;
 mod namespaces;
 mod options;

@@ -85,7 +85,12 @@ impl<R: Registers> QueuePair<R> {
     #[inline(never)]
     pub(super) fn obey(&mut self, word: u64) {
         match Order::of_word(word) {
-            Order::Run => self.state = State::Running,
+            Order::Run => {
+                if self.shared.is_shadow_lost() {
+                    self.rings.lose_shadow();
+                }
+                self.state = State::Running;
+            }
             Order::Hold => self.state = State::Held,
             Order::Disabled => {
                 self.last_look();

@@ -23,6 +23,9 @@ use crate::pci::PciBacking;
 /// How often a waiting thread looks.
 const LOOK: Duration = Duration::from_micros(200);
 
+/// The same after some time.
+const LOOK_LATER: Duration = Duration::from_millis(2);
+
 /// How long a shared vector stays bound after the last sleeper.
 const BOUND_FOR: Duration = Duration::from_secs(1);
 
@@ -227,14 +230,26 @@ impl<B: PciBacking> Keeper<B> {
 
     /// Waits until all pairs that somebody polls have obeyed; false when some have not in time.
     pub(super) fn wait_obeyed(&self, within: Duration) -> bool {
+        self.wait_obeyed_unless(within, || false)
+    }
+
+    /// The same where the device is still there, and has to be let go of when somebody waits for that, or it is gone.
+    pub(super) fn wait_obeyed_with_device(&self, within: Duration) -> bool {
+        let bar = &self.controller.bar;
+        self.wait_obeyed_unless(within, || bar.is_wanted() || bar.status().is_err())
+    }
+
+    fn wait_obeyed_unless(&self, within: Duration, is_over: impl Fn() -> bool) -> bool {
         let start = Instant::now();
+        let mut pause = LOOK;
         loop {
             let all =
                 self.pairs.iter().all(|pair| pair.shared.is_obeyed() || !self.is_polled(pair));
-            if all || start.elapsed() >= within {
+            if all || start.elapsed() >= within || is_over() {
                 return all;
             }
-            std::thread::sleep(LOOK);
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(LOOK_LATER);
         }
     }
 
@@ -258,8 +273,13 @@ impl<B: PciBacking> Keeper<B> {
             let (queue_id, vector) = (pair.queue_id, pair.vector);
             let memory = Arc::clone(&pair.memory);
             self.controller.create_pair(queue_id, &memory, vector)?;
+            let is_shadow_lost = self.controller.shadow.is_lost();
             let pair = &mut self.pairs[at];
             (pair.exists, pair.late) = (true, None);
+            if is_shadow_lost {
+                pair.shared.lose_shadow();
+                self.common.lose_shadow();
+            }
             // What was late before is so no more.
             if let Some(overdue) = pair.shared.overdue() {
                 pair.shared.settle(overdue.sequence);

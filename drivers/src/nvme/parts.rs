@@ -11,7 +11,7 @@ use std::sync::Arc;
 use ringmill_core::bdev::BdevInfo;
 use ringmill_core::limits::{NVME_QUEUE_ENTRIES_MAX, NVME_QUEUE_ENTRIES_MIN};
 use ringmill_core::mem::{
-    DmaDomain, DmaError, DmaMap, IovaOffset, Mapping, MappingError, SharedSlice,
+    BouncePool, DmaDomain, DmaError, DmaMap, IovaOffset, Mapping, MappingError, SharedSlice,
 };
 use ringmill_core::reactor::DeviceKey;
 use ringmill_core::spec::nvme::{CQE_BYTES, SQE_BYTES};
@@ -46,8 +46,8 @@ pub enum QueueMemoryError {
     },
 }
 
-/// The memory of one queue pair, reachable for the device: submission ring, completion ring, and a page per command for
-/// lists (PRP entries, SGL descriptors, ranges).
+/// The memory of one queue pair, reachable for the device: submission ring, completion ring, a page per command for lists
+/// (PRP entries, SGL descriptors, ranges), and bounce buffers.
 #[derive(Debug)]
 pub struct QueueMemory {
     map: DmaMap,
@@ -69,9 +69,8 @@ impl QueueMemory {
         if !(NVME_QUEUE_ENTRIES_MIN..=NVME_QUEUE_ENTRIES_MAX).contains(&entries) {
             return Err(QueueMemoryError::Entries { entries });
         }
-        let lists_at = Self::lists_at(entries);
-        let lists_bytes = (usize::from(entries) - 1) * PAGE_BYTES;
-        let mapping = Arc::new(Mapping::pool(lists_at + lists_bytes)?);
+        let len_bytes = Self::bounces_at(entries) + BouncePool::LEN_BYTES;
+        let mapping = Arc::new(Mapping::pool(len_bytes)?);
         let offset = domain.offset();
         let base = offset.iova(HostAddr(mapping.base().as_ptr() as usize));
         Ok(QueueMemory { map: DmaMap::new(domain, &mapping)?, offset, base, entries })
@@ -79,6 +78,15 @@ impl QueueMemory {
 
     const fn lists_at(entries: u16) -> usize {
         pages(entries as usize * SQE_BYTES) + pages(entries as usize * CQE_BYTES)
+    }
+
+    const fn bounces_at(entries: u16) -> usize {
+        Self::lists_at(entries) + (entries as usize - 1) * PAGE_BYTES
+    }
+
+    /// Its bounce buffers: for the pair, once.
+    pub(super) fn bounces(&self) -> BouncePool {
+        BouncePool::within(self.map.mapping(), Self::bounces_at(self.entries))
     }
 
     /// Submission ring, completion ring, lists.

@@ -13,8 +13,8 @@ use std::sync::Arc;
 
 use ringmill_core::IoStatus;
 use ringmill_core::limits::NVME_CQ_LAZY_ENTRIES;
-use ringmill_core::mem::{IovaOffset, SharedSlice};
-use ringmill_core::reactor::{ClientId, DeviceQueue, Ring};
+use ringmill_core::mem::{BouncePool, IovaOffset, SharedSlice};
+use ringmill_core::reactor::{ClientId, DeviceKey, DeviceQueue, Ring};
 use ringmill_core::spec::nvme::Cqe;
 use ringmill_core::units::{Iova, bytes_u64};
 
@@ -57,6 +57,7 @@ pub struct QueuePair<R> {
     pub(super) state: State,
     /// The device answered nonsense: nothing of it is believed until it was disabled.
     pub(super) trouble: bool,
+    pub(super) key: DeviceKey,
     queue_id: u16,
     /// Commands in the rings.
     pub(super) out: u16,
@@ -86,6 +87,7 @@ pub struct QueuePair<R> {
     pub(super) client: Option<ClientId>,
     pub(super) bound: bool,
     pub(super) watched: bool,
+    bounces: BouncePool,
     /// Kept until the device knows these addresses no longer.
     _memory: Arc<QueueMemory>,
 }
@@ -117,6 +119,7 @@ impl<R: Registers> QueuePair<R> {
         Ok(QueuePair {
             state: State::Held,
             trouble: false,
+            key: parts.key,
             queue_id: parts.queue_id,
             out: 0,
             commands_max: commands,
@@ -142,6 +145,7 @@ impl<R: Registers> QueuePair<R> {
             client: None,
             bound: false,
             watched: false,
+            bounces: memory.bounces(),
             _memory: memory,
         })
     }
@@ -290,6 +294,10 @@ impl<R: Registers> DeviceQueue for QueuePair<R> {
         if now_ns >= self.look_due_ns {
             self.look();
         }
+    }
+
+    fn bounces(&mut self) -> Option<&mut BouncePool> {
+        Some(&mut self.bounces)
     }
 
     #[cold]

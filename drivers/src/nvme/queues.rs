@@ -24,6 +24,31 @@ use crate::pci::{PciBacking, Registers};
 const CONTIGUOUS: u32 = 1;
 const INTERRUPTS: u32 = 1 << 1;
 
+/// Doorbells in memory: decided when it is attached. A pair that has rung there once needs a device that looks there, and one
+/// that has not, one that does not.
+#[derive(Debug)]
+pub(super) enum Shadow {
+    Undecided,
+    /// The device was told where they are, or may have been.
+    Used(ShadowPages),
+    /// It did not offer or did not take them. For good.
+    Never,
+    /// It has lost them in a reset: registers from then on. The pages stay, as they are its pairs' until those have obeyed.
+    Lost(#[expect(dead_code, reason = "held only")] ShadowPages),
+}
+
+impl Shadow {
+    /// Whether the device looks at them.
+    pub(super) fn is_used(&self) -> bool {
+        matches!(self, Shadow::Used(_))
+    }
+
+    /// Whether pairs have to ring registers that were made to ring in memory.
+    pub(super) fn is_lost(&self) -> bool {
+        matches!(self, Shadow::Lost(_))
+    }
+}
+
 /// The two pages of doorbells in memory.
 #[derive(Debug)]
 pub(super) struct ShadowPages {
@@ -87,47 +112,52 @@ impl<B: PciBacking> Controller<B> {
     pub(super) fn set_up_shadow(&mut self, pairs_max: u16) -> Result<(), NvmeError> {
         let (_, last) = self.doorbells(pairs_max);
         // One page is all that the command has.
-        if !self.data.doorbell_buffer || last + 4 - doorbell_offset(0, false, 0) > PAGE_BYTES {
-            return Ok(());
-        }
-        let pages = match self.shadow.take() {
-            Some(pages) => pages,
-            None => ShadowPages::new(&self.backing.dma())?,
-        };
-        // The device reads the admin queue's words from now on as well: not those of another life.
-        let first = doorbell_offset(0, false, 0);
-        let (sq, cq) = self.doorbells(0);
-        for page in [&pages.doorbells, &pages.event_indices].into_iter().filter_map(window) {
-            for at in [sq - first, cq - first] {
-                page.store_u32(at, 0, Ordering::Relaxed);
+        let is_offered =
+            self.data.doorbell_buffer && last + 4 - doorbell_offset(0, false, 0) <= PAGE_BYTES;
+        let was_used = self.shadow.is_used();
+        let pages = match std::mem::replace(&mut self.shadow, Shadow::Never) {
+            Shadow::Used(pages) if is_offered => pages,
+            Shadow::Used(pages) => {
+                let device = self.bar.device();
+                tracing::warn!(
+                    "{device}: it has no doorbells in memory after its reset; it gets registers"
+                );
+                self.shadow = Shadow::Lost(pages);
+                return Ok(());
             }
-        }
+            Shadow::Undecided if is_offered => ShadowPages::new(&self.backing.dma())?,
+            Shadow::Undecided => return Ok(()),
+            decided => {
+                self.shadow = decided;
+                return Ok(());
+            }
+        };
         let mut entry = Sqe::new(admin::DOORBELL_BUFFER, 0, 0);
         entry.set_prps(pages.iovas.0, pages.iovas.1);
-        let what = "doorbell buffer config";
-        match self.admin.command(&self.bar, entry, what, self.timeout_admin) {
-            Ok(_) => {
-                if let Some(page) = window(&pages.doorbells) {
-                    self.admin.use_shadow(page);
-                }
-                self.shadow = Some(pages);
-                Ok(())
-            }
-            Err(error) if refused_with(&error).is_some() => {
-                tracing::warn!("{error}; its doorbells are registers, then");
-                Ok(())
-            }
-            Err(error) => {
-                // It may look there in spite of all.
-                self.shadow = Some(pages);
-                Err(error)
-            }
+        // The device may read the admin queue's words as soon as it has fetched this command: they follow its doorbells from
+        // here on.
+        if let (Some(values), Some(indices)) =
+            (window(&pages.doorbells), window(&pages.event_indices))
+        {
+            self.admin.use_shadow(values, &indices);
         }
+        let what = "doorbell buffer config";
+        let end = self.admin.command(&self.bar, entry, what, self.timeout_admin);
+        let refusal = end.as_ref().err().filter(|error| refused_with(error).is_some());
+        let Some(refusal) = refusal else {
+            // Without an answer it may look there in spite of all.
+            self.shadow = Shadow::Used(pages);
+            return end.map(|_| ());
+        };
+        tracing::warn!("{refusal}; its doorbells are registers, then");
+        self.admin.forget_shadow();
+        self.shadow = if was_used { Shadow::Lost(pages) } else { Shadow::Never };
+        Ok(())
     }
 
     /// A pair's words in them, zeroed for a new pair.
     pub(super) fn shadow_of(&self, queue_id: u16) -> Option<ShadowDoorbells> {
-        let pages = self.shadow.as_ref()?;
+        let Shadow::Used(pages) = &self.shadow else { return None };
         let first = doorbell_offset(0, false, 0);
         let (sq, cq) = self.doorbells(queue_id);
         let (sq_at_bytes, cq_at_bytes) = (sq - first, cq - first);
@@ -175,7 +205,7 @@ impl<B: PciBacking> Controller<B> {
             return Err(error);
         }
         if self.quirks.has(Quirks::DELAY_AFTER_QUEUES) {
-            std::thread::sleep(QUEUES_DELAY);
+            self.bar.pause(QUEUES_DELAY)?;
         }
         Ok(())
     }

@@ -7,16 +7,17 @@
 
 use std::time::{Duration, Instant};
 
-use ringmill_core::reactor::{DeviceSlot, IoCx};
+use ringmill_core::reactor::{DeviceKey, DeviceQueue, IoCx, Reactor, ReactorHandle};
 
-use super::joint::Tally;
+use super::channel::take_out;
+use super::joint::{REMOVAL_WITHIN, Tally};
 use super::pairs::{Late, Pair};
 use super::qpair::QueuePair;
 use super::report::ControllerState;
 use super::shared::Overdue;
 use super::thread::{Keeper, nudge};
 use super::{ActionOnTimeout, FailReason, NvmeError, NvmeEvent, Order};
-use crate::pci::PciBacking;
+use crate::pci::{PciBacking, Registers};
 
 /// Between the report of a late command and the decision that its answer is not there.
 const LOOK_FOR: Duration = Duration::from_millis(20);
@@ -30,9 +31,21 @@ const ABORT_GRACE: Duration = Duration::from_secs(2);
 /// For reactors to obey. One that takes longer is told again when it comes back.
 const OBEY_WITHIN: Duration = Duration::from_secs(2);
 
-/// The same when the device is wanted back: everything must be over within 5 s.
+/// When the device is wanted back or gone, everything must be over within 5 s: what was under way is cut off after 1 s, or
+/// these two, then closing takes [`CLOSE_WITHIN`] at most, and reactors have the rest, at least [`OBEY_LEAST`], to say that
+/// they have ended everything.
 const OBEY_SOON: Duration = Duration::from_millis(500);
-const STOP_SOON: Duration = Duration::from_secs(2);
+const STOP_SOON: Duration = Duration::from_secs(1);
+const CLOSE_WITHIN: Duration = Duration::from_secs(2);
+const OBEY_LEAST: Duration = Duration::from_millis(500);
+const OBEY_LAST: Duration = Duration::from_secs(1);
+const _: () = assert!(
+    OBEY_SOON.as_millis()
+        + STOP_SOON.as_millis()
+        + CLOSE_WITHIN.as_millis()
+        + OBEY_LEAST.as_millis()
+        <= REMOVAL_WITHIN.as_millis()
+);
 
 /// The orderly end: for deleting queues, and for that, the shutdown and the stop together. With the waits for reactors before
 /// and after it, 5 s.
@@ -184,7 +197,7 @@ impl<B: PciBacking> Keeper<B> {
         self.common.status().last_error = Some(why.to_owned());
         self.set_state(ControllerState::Resetting);
         self.order_all(Order::Hold);
-        self.wait_obeyed(OBEY_WITHIN);
+        self.wait_obeyed_with_device(OBEY_WITHIN);
         match self.controller.halt(Duration::MAX) {
             Ok(()) => {}
             Err(error) if error.is_gone() => {
@@ -198,7 +211,7 @@ impl<B: PciBacking> Keeper<B> {
         }
         self.forget_queues();
         self.order_all(Order::Disabled);
-        self.wait_obeyed(OBEY_WITHIN);
+        self.wait_obeyed_with_device(OBEY_WITHIN);
         let end = if self.resets.len() > RESETS_MAX {
             let name = self.common.options.name.clone();
             Err(NvmeError::Refused {
@@ -248,11 +261,11 @@ impl<B: PciBacking> Keeper<B> {
             tracing::warn!("{}: {error}; resetting its PCI function", self.name());
             // What was made in the first try is stopped and forgotten; pairs that ran for a moment obey once more.
             self.order_all(Order::Hold);
-            self.wait_obeyed(OBEY_WITHIN);
+            self.wait_obeyed_with_device(OBEY_WITHIN);
             self.controller.reset_function()?;
             self.forget_queues();
             self.order_all(Order::Disabled);
-            self.wait_obeyed(OBEY_WITHIN);
+            self.wait_obeyed_with_device(OBEY_WITHIN);
         }
     }
 
@@ -285,15 +298,23 @@ impl<B: PciBacking> Keeper<B> {
         self.controller.watch_events()
     }
 
-    /// Something wants the device back: what can be done cleanly is, the rest is cut off; all within 5 s.
+    /// Something wants the device back: what can be done cleanly is, the rest is cut off; all within 5 s of when that was heard.
     pub(super) fn let_go(&mut self, why: &str) {
         self.controller.bar.wanted_back = None;
+        let start = Instant::now();
         self.order_all(Order::Hold);
-        self.wait_obeyed(OBEY_SOON);
-        if let Err(error) = self.controller.disable(STOP_SOON) {
+        self.wait_obeyed(OBEY_SOON.min(self.left_for(start, CLOSE_WITHIN + OBEY_LEAST)));
+        let left = self.left_for(start, CLOSE_WITHIN + OBEY_LEAST);
+        if let Err(error) = self.controller.disable(STOP_SOON.min(left)) {
             tracing::warn!("{}: {error}", self.name());
         }
         self.lose(why);
+    }
+
+    /// How long a step of a removal may take that leaves so much to the next ones.
+    fn left_for(&self, start: Instant, next_ones: Duration) -> Duration {
+        let by = self.common.removal_by().unwrap_or(start + REMOVAL_WITHIN);
+        by.saturating_duration_since(Instant::now()).saturating_sub(next_ones)
     }
 
     /// It is gone: whoever waits is told.
@@ -317,17 +338,17 @@ impl<B: PciBacking> Keeper<B> {
         self.controller.backing.close();
         self.common.status().last_error = Some(why.to_owned());
         self.order_all(Order::Fail(reason));
-        self.wait_obeyed(OBEY_WITHIN);
+        self.wait_obeyed(OBEY_LAST.min(self.left_for(Instant::now(), Duration::ZERO)));
         self.set_state(state);
         (self.events)(NvmeEvent::Removed { reason: why.to_owned() });
     }
 
     /// The orderly end.
     pub(super) fn detach(&mut self) {
-        self.controller.bar.wanted_back = None;
+        self.common.note_detaching();
         if !self.lost {
             self.order_all(Order::Hold);
-            if !self.wait_obeyed(OBEY_SOON) {
+            if !self.wait_obeyed_with_device(OBEY_SOON) {
                 tracing::warn!("{}: a reactor does not let go of it", self.name());
             }
             if let Err(error) = self.stop_politely() {
@@ -339,7 +360,7 @@ impl<B: PciBacking> Keeper<B> {
             self.wait_obeyed(OBEY_SOON);
         }
         self.take_pairs_back();
-        self.common.unmap_bounces();
+        self.common.forget();
         self.set_state(ControllerState::Detached);
     }
 
@@ -357,50 +378,82 @@ impl<B: PciBacking> Keeper<B> {
                 Err(error) => tracing::warn!("{}: {error}", self.name()),
             }
         }
+        // An event request that it finds after the shutdown has begun would be a command that must not come any more.
+        let left = DELETE_WITHIN.saturating_sub(start.elapsed());
+        match self.controller.settle(left) {
+            Err(error) if error.is_gone() => return Err(error),
+            Err(error) => tracing::warn!("{}: {error}", self.name()),
+            Ok(()) => {}
+        }
         self.controller.shut_down(STOP_WITHIN.saturating_sub(start.elapsed()))
     }
 
-    /// Out of the reactors, to be dropped here.
+    /// Out of the reactors, to be dropped here. One with channels is taken along by the last of them; until then it costs a
+    /// look per pass, and its memory.
     fn take_pairs_back(&mut self) {
         let key = self.common.key;
-        // Channels may be on their way out.
+        for pair in &self.pairs {
+            pair.shared.abandon();
+        }
         let start = Instant::now();
         for own in &self.common.homes {
             let waiting = own.waiting.lock().ok().and_then(|mut waiting| waiting.take());
             if waiting.is_some() {
                 continue;
             }
-            let take = || {
-                own.reactor.ask(move |reactor| {
-                    let IoCx { devices, ring, .. } = &mut reactor.cx.io;
-                    let slot: Option<DeviceSlot> = devices.find(key);
-                    let pair =
-                        slot.and_then(|slot| devices.get_mut::<QueuePair<B::Registers>>(slot));
-                    // One with channels stays: everything of theirs ends there, and it costs nothing any more.
-                    match pair {
-                        Some(pair) if pair.is_unused() => {
-                            if let Some(ring) = ring {
-                                pair.leave(ring);
-                            }
-                            Some(devices.remove(key))
-                        }
-                        Some(_) => None,
-                        None => Some(None),
-                    }
-                })
+            // Channels may be on their way out.
+            let end = loop {
+                let left = OBEY_SOON.saturating_sub(start.elapsed());
+                let end = ask_soon(&own.reactor, left.max(LOOK_FOR), move |reactor| {
+                    take_unused::<B::Registers>(&mut reactor.cx.io, key)
+                });
+                match end {
+                    Some(Left::InUse) if !left.is_zero() => std::thread::sleep(LOOK_FOR),
+                    end => break end,
+                }
             };
-            let mut taken = take();
-            while matches!(taken, Some(None)) && start.elapsed() < OBEY_SOON {
-                std::thread::sleep(LOOK_FOR);
-                taken = take();
-            }
-            if !matches!(taken, Some(Some(_))) && !own.reactor.is_stopped() {
-                let name = &self.common.options.name;
-                tracing::warn!("{name}: a channel was not closed before it was detached");
+            let name = &self.common.options.name;
+            match end {
+                Some(Left::Taken(_)) => {}
+                Some(Left::InUse) => tracing::info!(
+                    "{name}: a channel was not closed before it was detached; its queue goes with it"
+                ),
+                None if own.reactor.is_stopped() => {}
+                None => tracing::warn!("{name}: a reactor does not give its queue back"),
             }
         }
         for pair in std::mem::take(&mut self.pairs) {
             self.common.retire_pair(&pair.shared);
         }
     }
+}
+
+/// What became of a reactor's pair.
+enum Left {
+    /// It is here, or was none.
+    Taken(#[expect(dead_code, reason = "to be dropped here")] Option<Box<dyn DeviceQueue>>),
+    InUse,
+}
+
+fn take_unused<R: Registers>(io: &mut IoCx, key: DeviceKey) -> Left {
+    let pair = io.devices.find(key).and_then(|slot| io.devices.get_mut::<QueuePair<R>>(slot));
+    match pair {
+        Some(pair) if !pair.is_unused() => Left::InUse,
+        _ => Left::Taken(take_out::<R>(io, key)),
+    }
+}
+
+/// Has a reactor do something, and waits for it only so long: then it is done whenever the reactor comes back, and what it
+/// answers is dropped there.
+fn ask_soon<T: Send + 'static>(
+    reactor: &ReactorHandle,
+    within: Duration,
+    f: impl FnOnce(&mut Reactor) -> T + Send + 'static,
+) -> Option<T> {
+    let (sender, answer) = std::sync::mpsc::channel();
+    let message = Box::new(move |reactor: &mut Reactor| {
+        let _ = sender.send(f(reactor));
+    });
+    reactor.try_send(message).ok()?;
+    answer.recv_timeout(within).ok()
 }

@@ -67,12 +67,20 @@ pub(super) fn doorbell_offset(qid: u16, completion: bool, stride: u32) -> usize 
     reg::DOORBELLS + (number << (2 + stride))
 }
 
-/// How long a wait lasts before it looks whether the device is wanted back: what is sound ends before.
-const LOOK_AFTER: Duration = Duration::from_millis(300);
+/// Somebody waits for the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Wanted {
+    /// Since when that is known.
+    pub(super) since: Instant,
+    /// How long a command that is out is waited for from then on: after its answer there can be an orderly end.
+    pub(super) for_command: Duration,
+    /// How long everything else is: what is sound ends before.
+    pub(super) for_others: Duration,
+}
 
 /// Asks whether somebody wants the device back, or it is to be detached.
 #[derive(Clone)]
-pub(super) struct WantedBack(pub(super) Arc<dyn Fn() -> bool + Send + Sync>);
+pub(super) struct WantedBack(pub(super) Arc<dyn Fn() -> Option<Wanted> + Send + Sync>);
 
 impl std::fmt::Debug for WantedBack {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -106,14 +114,44 @@ impl<R: Registers> Bar<R> {
         NvmeError::Gone { device: self.device.clone() }
     }
 
-    /// Ends a wait that began at `start` when nobody should wait any longer.
-    pub(super) fn check_wanted(&self, start: Instant) -> Result<(), NvmeError> {
-        match &self.wanted_back {
-            Some(WantedBack(ask)) if start.elapsed() >= LOOK_AFTER && ask() => {
+    fn wanted(&self) -> Option<Wanted> {
+        self.wanted_back.as_ref().and_then(|WantedBack(ask)| ask())
+    }
+
+    /// True once somebody waits for the end of what is under way.
+    pub(super) fn is_wanted(&self) -> bool {
+        self.wanted().is_some()
+    }
+
+    fn cut(&self, is_cut: impl FnOnce(Wanted) -> bool) -> Result<(), NvmeError> {
+        match self.wanted() {
+            Some(wanted) if is_cut(wanted) => {
                 Err(NvmeError::Wanted { device: self.device.clone() })
             }
             _ => Ok(()),
         }
+    }
+
+    /// Ends a wait for anything but a command when nobody should wait any longer.
+    pub(super) fn check_wanted(&self) -> Result<(), NvmeError> {
+        self.cut(|wanted| wanted.since.elapsed() >= wanted.for_others)
+    }
+
+    /// Ends a wait for a command; also where each of many is quick enough.
+    pub(super) fn check_wanted_by_command(&self) -> Result<(), NvmeError> {
+        self.cut(|wanted| wanted.since.elapsed() >= wanted.for_command)
+    }
+
+    /// A pause that a device needs.
+    pub(super) fn pause(&self, length: Duration) -> Result<(), NvmeError> {
+        let start = Instant::now();
+        while let left = length.saturating_sub(start.elapsed())
+            && !left.is_zero()
+        {
+            self.check_wanted()?;
+            std::thread::sleep(left.min(Duration::from_millis(20)));
+        }
+        Ok(())
     }
 
     pub(super) fn refused(&self, reason: impl Into<String>) -> NvmeError {
@@ -220,7 +258,7 @@ impl<R: Registers> Bar<R> {
                     advice,
                 });
             }
-            self.check_wanted(start)?;
+            self.check_wanted()?;
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(5));
         }

@@ -180,6 +180,12 @@ impl Rings {
         self.cq_doorbell.ring(registers, self.cq_head)
     }
 
+    /// Registers from now on: the device does not look at the words in memory. Whoever made the pages holds them still.
+    #[cold]
+    pub(super) fn lose_shadow(&mut self) {
+        (self.sq_doorbell.shadow, self.cq_doorbell.shadow) = (None, None);
+    }
+
     /// As they were in the beginning: the device has forgotten its queues.
     #[cold]
     pub(super) fn reset(&mut self) {

@@ -139,6 +139,10 @@ struct FromThread {
     settled: AtomicU32,
     /// The thread sees the shared vector's interrupts.
     watched: AtomicBool,
+    /// The device does not look at doorbells in memory any more.
+    shadow_lost: AtomicBool,
+    /// Nobody will come for the pair: whoever is the last on it takes it along.
+    abandoned: AtomicBool,
 }
 
 /// Written by the reactor.
@@ -268,6 +272,16 @@ impl QueueShared {
         self.from_thread.watched.store(watched, Ordering::Relaxed);
     }
 
+    /// Before a Run: the device has forgotten about doorbells in memory, for good.
+    pub fn lose_shadow(&self) {
+        self.from_thread.shadow_lost.store(true, Ordering::Relaxed);
+    }
+
+    /// The thread ends: the last channel that closes takes the pair along.
+    pub fn abandon(&self) {
+        self.from_thread.abandoned.store(true, Ordering::Release);
+    }
+
     /// The figures.
     #[must_use]
     pub fn counters(&self) -> QueueCounters {
@@ -297,6 +311,18 @@ impl QueueShared {
     #[inline]
     pub(super) fn order_word(&self) -> u64 {
         self.from_thread.order.load(Ordering::Acquire)
+    }
+
+    /// Whether doorbells are registers now, as of the order that was read last.
+    #[cold]
+    pub(super) fn is_shadow_lost(&self) -> bool {
+        self.from_thread.shadow_lost.load(Ordering::Relaxed)
+    }
+
+    /// Whether the pair is nobody's.
+    #[cold]
+    pub(super) fn is_abandoned(&self) -> bool {
+        self.from_thread.abandoned.load(Ordering::Acquire)
     }
 
     /// That order was obeyed.

@@ -11,12 +11,13 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
 use ringmill_core::reactor::ReactorHandle;
-use ringmill_core::spec::nvme::{csts, event};
+use ringmill_core::spec::nvme::csts;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::controller::Controller;
+use super::events::Unread;
 use super::identify::warning_words;
-use super::joint::{Joint, Request, Tally};
+use super::joint::{Joint, Request};
 use super::pairs::Pair;
 use super::report::ControllerState;
 use super::{NvmeError, NvmeEvent, NvmeEvents};
@@ -54,6 +55,7 @@ pub(super) struct Keeper<B: PciBacking> {
     pub(super) commands_seen: u64,
     pub(super) stale_seen: u64,
     pub(super) warnings_seen: u8,
+    pub(super) unread: Unread,
     pub(super) last_look: Instant,
     /// When somebody last slept beside the shared vector.
     pub(super) last_wanted: Instant,
@@ -88,6 +90,7 @@ impl<B: PciBacking> Keeper<B> {
             }
             self.watch_status();
             self.read_events();
+            self.heed_events();
             soon = self.watch_pairs();
             self.bind_interrupt();
             std::thread::sleep(PAUSE);
@@ -103,6 +106,7 @@ impl<B: PciBacking> Keeper<B> {
             (_, true) => LOOK_BUSY,
             _ => LOOK_IDLE,
         };
+        let pause = self.unread.due_in().map_or(pause, |due| due.min(pause));
         let timeout = Timespec {
             tv_sec: i64::try_from(pause.as_secs()).unwrap_or(1),
             tv_nsec: i64::from(pause.subsec_nanos()),
@@ -143,6 +147,7 @@ impl<B: PciBacking> Keeper<B> {
                 }
                 Request::Rescan(answer) => {
                     let end = self.unless_lost(|me| me.refresh_namespaces().map(|_| ()));
+                    self.unread.ask_now();
                     let _ = answer.send(end);
                 }
                 Request::Health(answer) => {
@@ -234,49 +239,6 @@ impl<B: PciBacking> Keeper<B> {
         }
     }
 
-    fn read_events(&mut self) {
-        if self.lost {
-            return;
-        }
-        let came = self.controller.admin.take_events(&self.controller.bar);
-        let stale = self.controller.admin.stale_count();
-        let strange = stale.saturating_sub(std::mem::replace(&mut self.stale_seen, stale));
-        if strange > 0 {
-            for _ in 0..strange {
-                Tally::note(&self.common.tally.stale);
-            }
-            let _ = self.reset("it answered an admin command that was not sent");
-            return;
-        }
-        if came.is_empty() {
-            return;
-        }
-        for came in came {
-            Tally::note(&self.common.tally.events);
-            let end = if came.is_namespace_notice() {
-                let cleared = self.controller.clear_event(came);
-                cleared.and_then(|()| self.refresh_namespaces().map(|_| ()))
-            } else if came.kind == event::HEALTH {
-                self.read_health().map(|_| ())
-            } else {
-                if came.kind == event::ERROR {
-                    let (name, information) = (self.name(), came.information);
-                    tracing::warn!("{name} reports an error (event information {information:#x})");
-                }
-                self.controller.clear_event(came)
-            };
-            if let Err(error) = end {
-                tracing::warn!("{}: {error}", self.name());
-                self.after_failure(&error);
-                // After a reset there are new requests; after a refusal the next event is waited for as ever.
-                break;
-            }
-        }
-        if !self.lost {
-            self.controller.admin.rearm(&self.controller.bar);
-        }
-    }
-
     /// SMART, from the device if what is known is too old.
     fn health(&mut self) -> Result<super::Health, NvmeError> {
         let known = self.common.status().health.clone();
@@ -287,7 +249,7 @@ impl<B: PciBacking> Keeper<B> {
     }
 
     /// SMART from the device, which also allows the next event about it.
-    fn read_health(&mut self) -> Result<super::Health, NvmeError> {
+    pub(super) fn read_health(&mut self) -> Result<super::Health, NvmeError> {
         let health = self.controller.health()?;
         let news = health.critical_warning & !self.warnings_seen;
         self.warnings_seen = health.critical_warning;

@@ -122,10 +122,15 @@ fn shared_words(group: u32, others: &[(String, String)]) -> String {
     if others.len() > NAMED_MAX {
         named.push(format!("{} more", others.len() - NAMED_MAX));
     }
-    let first = &others[0].0;
+    // Only NVMe controllers are ours to bind; for a group it is enough that no driver of the kernel has the others.
+    let (first, driver) = &others[0];
+    let how = match driver.as_str() {
+        "nvme" => format!("ringmillctl pci bind {first}"),
+        _ => format!("echo {first} > /sys/bus/pci/devices/{first}/driver/unbind"),
+    };
     format!(
         "it shares IOMMU group {group} with {}, and a group is given away as a whole; take those from their drivers, \
-         too (`ringmillctl pci bind {first}`), or put the device into another slot",
+         too (`{how}`, if nothing needs them), or put the device into another slot",
         named.join(", ")
     )
 }
@@ -242,7 +247,8 @@ mod tests {
         let tree = Tree::new();
         tree.device(OURS, Some(5), Some("vfio-pci")).device("0000:01:00.1", Some(5), Some("ahci"));
         let message = tree.inspect().unwrap_err();
-        for word in ["IOMMU group 5", "0000:01:00.1 (driver ahci)", "pci bind 0000:01:00.1"] {
+        let unbind = "echo 0000:01:00.1 > /sys/bus/pci/devices/0000:01:00.1/driver/unbind";
+        for word in ["IOMMU group 5", "0000:01:00.1 (driver ahci)", unbind] {
             assert!(message.contains(word), "{message}");
         }
         for function in 2..8 {

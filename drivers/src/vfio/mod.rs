@@ -92,6 +92,10 @@ impl VfioDevice {
         let refused =
             |reason: &str| PciError::Refused { device: name.clone(), reason: reason.to_owned() };
 
+        // Elsewhere memory and a device's registers need stronger barriers than those between processors.
+        if cfg!(not(target_arch = "x86_64")) {
+            return Err(refused("VFIO is supported on x86-64 only, for now; use io_uring disks"));
+        }
         let group = group::inspect(Path::new("/sys"), address)?;
         let container = VfioContainer::new(None).map_err(|error| match error {
             VfioError::OpenContainer(error) if error.kind() == io::ErrorKind::NotFound => {

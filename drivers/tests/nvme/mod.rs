@@ -4,7 +4,10 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use ringmill_core::IoStatus;
 use ringmill_core::bdev::Bdev;
+use ringmill_core::bdev::conformance::TestBed;
+use ringmill_core::io::{IoFlags, IoOp, Tag};
 use ringmill_core::reactor::{IdlePolicy, ReactorConfig, ReactorHandle, spawn};
 use ringmill_drivers::model::{Medium, ModelControl, ModelNamespace, ModelOptions, start};
 use ringmill_drivers::nvme::{
@@ -12,6 +15,7 @@ use ringmill_drivers::nvme::{
 };
 
 pub(crate) const SIZE_BYTES: u64 = 16 << 20;
+pub(crate) const PAGE: u64 = 4096;
 
 /// Events in the order in which they came.
 #[derive(Clone, Default)]
@@ -130,4 +134,62 @@ impl Rig {
 pub(crate) fn sleepy() -> ReactorHandle {
     let idle = IdlePolicy::Adaptive { spin_ns: 20_000 };
     spawn(&ReactorConfig { core: None, idle, io_wq_cpus: Vec::new() }).expect("a reactor")
+}
+
+/// Ready times that tests can wait for.
+pub(crate) fn quick() -> ModelOptions {
+    ModelOptions { ready_timeout_500ms: 0, ..ModelOptions::default() }
+}
+
+pub(crate) fn hurried() -> NvmeOptions {
+    NvmeOptions { ready_timeout_max: Duration::from_millis(200), ..options() }
+}
+
+pub(crate) fn fill(block: u64) -> Vec<u8> {
+    let word = |at: usize| (block << 32 | at as u64).to_le_bytes();
+    (0..512).flat_map(word).collect()
+}
+
+/// Writes pages, has `fault` happen while they are out, and says how each ended.
+pub(crate) fn writes_during(bed: &mut TestBed, count: u64, fault: impl FnOnce()) -> Vec<IoStatus> {
+    let mut ends = vec![None; usize::try_from(count).unwrap()];
+    let mut tags = Vec::new();
+    let mut turn = |bed: &mut TestBed, tags: &[Tag]| {
+        bed.turn(|tag, status| {
+            let at = tags.iter().position(|t| *t == tag).expect("a known tag");
+            assert_eq!(ends[at].replace(status), None, "ended twice");
+        });
+    };
+    let start = Instant::now();
+    for block in 0..count {
+        let segment = bed.segment(usize::try_from(block).unwrap(), 0, 4096);
+        segment.write_from(&fill(block));
+        while tags.len() <= usize::try_from(block).unwrap() {
+            // A pair that was not told to run yet, or is on its way back, has no room.
+            let way = (IoOp::Write, IoFlags::NONE, block * PAGE, PAGE);
+            match bed.offer(way.0, way.1, way.2, way.3, &[segment]) {
+                Some(tag) => tags.push(tag),
+                None => turn(bed, &tags),
+            }
+            assert!(start.elapsed() < Duration::from_secs(30), "no room");
+        }
+    }
+    bed.cx.turn_ring();
+    fault();
+    while bed.out_count() > 0 {
+        turn(bed, &tags);
+        assert!(start.elapsed() < Duration::from_secs(30), "{} lost", bed.out_count());
+    }
+    ends.into_iter().map(|end| end.expect("an end")).collect()
+}
+
+pub(crate) fn all_ok(ends: &[IoStatus]) {
+    assert!(ends.iter().all(|end| end.is_ok()), "{ends:?}");
+}
+
+/// What was written is there, by a read of the driver and on the medium.
+pub(crate) fn is_written(bed: &mut TestBed, count: u64) {
+    for block in 0..count {
+        assert!(bed.read(block * PAGE, 4096).expect("a read") == fill(block), "block {block}");
+    }
 }

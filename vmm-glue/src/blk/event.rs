@@ -6,18 +6,29 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
-use std::sync::mpsc;
+use std::sync::{Arc, Weak, mpsc};
 
 use ringmill_core::bdev::BdevEvent;
-use ringmill_core::mem::{MemTable, PinError};
+use ringmill_core::mem::{DmaDomain, MemTable, PinError};
 use ringmill_core::reactor::Poller;
 use rustix::event::{EventfdFlags, eventfd};
+use thiserror::Error;
 
 use super::{PlaceError, WorkerEvent};
 
 /// Something for the control thread to drop, because dropping unmaps memory or closes files.
 pub(super) type Leftover = Box<dyn Send>;
+
+/// Why a device does not reach a guest's memory.
+#[derive(Debug, Error)]
+pub(super) enum NotMapped {
+    /// The device whose domain this was is gone.
+    #[error("the device is gone")]
+    Gone(Weak<dyn DmaDomain>),
+    /// Anything else.
+    #[error("{0}")]
+    Refused(String),
+}
 
 /// What happened.
 pub(super) enum EventKind {
@@ -90,7 +101,7 @@ pub(super) enum EventKind {
         /// The operation.
         operation: u64,
         /// The table, or why it cannot.
-        result: Result<MemTable, String>,
+        result: Result<MemTable, NotMapped>,
     },
     /// What a session's device no longer has to reach is unmapped.
     Unmapped {

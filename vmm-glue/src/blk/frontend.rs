@@ -6,13 +6,13 @@
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 
 use ringmill_core::IoStatus;
 use ringmill_core::bdev::{Bdev, InstantChannel};
 use ringmill_core::limits::MEMORY_REGIONS_MAX;
-use ringmill_core::mem::MemTable;
+use ringmill_core::mem::{DmaDomain, MemTable};
 use ringmill_core::reactor::{Done, Message, PollerId, Reactor, ReactorCx, ReactorHandle};
 use ringmill_core::spec::virtio_blk as spec;
 
@@ -84,6 +84,8 @@ pub(super) struct FrontEnd {
     mem: Arc<MemTable>,
     /// The bdev moves data by itself, in memory that it was given.
     has_domain: bool,
+    /// What the bdev's device reached before it was lost: no memory is mapped there any more.
+    lost_domain: Option<Weak<dyn DmaDomain>>,
     /// Cleared when nobody needs any more what a thread is mapping.
     mapping_wanted: Arc<AtomicBool>,
     /// Times that the device could not be given memory.
@@ -115,6 +117,7 @@ impl FrontEnd {
             has_domain: bdev.as_ref().is_some_and(|bdev| bdev.dma().is_some()),
             bdev,
             mem: Arc::new(MemTable::new()),
+            lost_domain: None,
             mapping_wanted: Arc::default(),
             unmappable_count: 0,
             features: 0,

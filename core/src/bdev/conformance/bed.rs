@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::bdev::{Bdev, BdevError, Channel, InstantChannel};
 use crate::io::{Completions, IoFlags, IoOp, IoRequest, Slots, Tag};
-use crate::limits::{BOUNCE_BUFFERS, FAIR_HOLD_NS, QUEUE_INFLIGHT_MAX};
+use crate::limits::{FAIR_HOLD_NS, QUEUE_INFLIGHT_MAX};
 use crate::mem::{DmaError, Mapping, MemTable, RegionSpec, Segment, register_pins};
 use crate::reactor::{HeldPins, ReactorCx, Ring, Share};
 use crate::status::IoStatus;
@@ -245,7 +245,7 @@ impl TestBed {
         }
         assert!(!self.channel.must_poll(), "an idle channel wants to be polled");
         self.channel.close(&mut self.cx.io);
-        assert_eq!(self.cx.io.bounce.free_count(), BOUNCE_BUFFERS, "bounce buffers");
+        assert_eq!(self.cx.io.bounces_out_count(), 0, "bounce buffers");
         self.pins.let_go(&mut self.cx.io);
         let rings = [&self.cx.io.ring, &self.cx.io.polled];
         let left: usize = rings.into_iter().flatten().map(Ring::fixed_count).sum();

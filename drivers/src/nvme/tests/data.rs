@@ -57,6 +57,39 @@ fn options() -> impl Strategy<Value = Options> {
     )
 }
 
+/// What the doors above let through is expressible, and nothing is copied that would be.
+#[test]
+fn alignment_follows_from_how_data_is_named() {
+    for (block_shift, sgl, segment_bytes) in [
+        (9, false, 512),
+        (12, false, 4096),
+        // A page has 256 descriptors: with finer pieces some block could not be named by one command.
+        (9, true, 4),
+        (10, true, 4),
+        (12, true, 16),
+        (13, true, 32),
+    ] {
+        let options = Options { block_shift, sgl, ..Options::default() };
+        let rules = shape(&options).alignment();
+        assert_eq!((rules.block_bytes, rules.address_bytes), (1 << block_shift, 4));
+        assert_eq!(rules.segment_bytes, segment_bytes, "2^{block_shift}, SGLs: {sgl}");
+        // The worst that they allow: a block in pieces that touch nowhere.
+        let mut rig = Rig::new(&options);
+        let (block, piece) = (1u64 << block_shift, u64::from(segment_bytes));
+        let places = (0..block / piece).map(|at| usize_of(4 + at * (piece + 4)));
+        let list: Vec<_> =
+            places.map(|at| rig.memory.segment(at, usize_of(piece)).unwrap()).collect();
+        let write = (IoOp::Write, IoFlags::NONE);
+        assert!(rig.offer(0, 1, write, (0, block), &list));
+        rig.commit();
+        rig.device.fetch();
+        let entry = rig.device.fetched.pop_front().expect("one command");
+        let walked = rig.device.domain.walk(&entry, block);
+        let wanted = list.iter().map(|s| (OFFSET.iova(s.host()).0, u64::from(s.len_bytes())));
+        assert!(addresses(walked.into_iter()).eq(addresses(wanted)));
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
 

@@ -12,7 +12,7 @@ use ringmill_core::bdev::{
     AlignChannel, Bdev, BdevError, BdevInfo, BlockLocks, ChannelSeed, Geometry,
 };
 use ringmill_core::io::{IoFlags, IoOp};
-use ringmill_core::mem::{DmaDomain, DmaMap, bounce_memory};
+use ringmill_core::mem::DmaDomain;
 use ringmill_core::reactor::{DeviceKey, ReactorHandle};
 use ringmill_core::spec::nvme::{Status, nvm, status};
 use rustix::event::{EventfdFlags, eventfd};
@@ -179,12 +179,8 @@ impl Bdev for OnModel {
         let pair = QueuePair::new(parts).unwrap();
         let mut channel = NvmeChannel::<ModelRegisters>::new(&self.shape, self.entries - 1);
         let (info, locks) = (Arc::clone(&self.info), Arc::clone(&self.locks));
-        let (rules, domain) = (self.shape.alignment(), Arc::clone(&self.domain));
+        let rules = self.shape.alignment();
         Ok(Box::new(move |io| {
-            // The pool of this thread has come after the bdev.
-            for pool in bounce_memory() {
-                std::mem::forget(DmaMap::new(&domain, &pool));
-            }
             let slot = io.devices.insert(DeviceKey(1), Box::new(pair));
             channel.join(io, slot)?;
             let locks = (rules.block_bytes > 512).then_some(locks);

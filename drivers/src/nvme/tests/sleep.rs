@@ -151,3 +151,20 @@ fn completions_are_acknowledged_before_a_sleep() {
     assert_eq!(rig.registers.writes.load(Ordering::Relaxed), writes + 1);
     rig.pair().wake(&mut ring, 1);
 }
+
+/// A level stays up while anything is unacknowledged, and a lazy pair acknowledges in batches.
+#[test]
+fn a_sleeper_beside_a_level_acknowledges_even_when_nothing_is_out() {
+    for (interrupts, acknowledged) in [(Interrupts::Thread, 1), (Interrupts::None, 0)] {
+        let (mut rig, _, mut ring) = rig_with_vector();
+        rig.pair().interrupts = interrupts;
+        assert!(rig.read(0, 1));
+        rig.commit();
+        rig.device.serve();
+        assert_eq!(rig.tags(0), [1]);
+        rig.commit();
+        let writes = rig.registers.writes.load(Ordering::Relaxed);
+        assert!(!rig.pair().prepare_sleep(&mut ring), "nothing is out");
+        assert_eq!(rig.registers.writes.load(Ordering::Relaxed), writes + acknowledged);
+    }
+}

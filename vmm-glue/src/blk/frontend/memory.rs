@@ -5,25 +5,30 @@
 //! **Invariant:** a ring runs only in memory that the device reaches, and what a request in flight may touch stays mapped;
 //! memory is mapped for one front-end of a controller at a time, as that pins it.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 
-use ringmill_core::mem::{DmaDomain, Mapping, MemTable, Region, RegionSpec};
+use ringmill_core::mem::{DmaDomain, DmaError, Mapping, MemTable, Region, RegionSpec};
 
 use crate::vhost_user::{Progress, Refusal, RegionDesc};
 
-use super::super::event::EventKind;
+use super::super::event::{EventKind, NotMapped};
 use super::operation::{Kind, Phase};
 use super::{FrontEnd, Turn};
 
 /// Refusals of one front-end that are logged: it may try as often as it likes.
 const UNMAPPABLE_LOGGED_MAX: u32 = 8;
 
+fn is_of(lost: &Weak<dyn DmaDomain>, domain: &Arc<dyn DmaDomain>) -> bool {
+    std::ptr::addr_eq(lost.as_ptr(), Arc::as_ptr(domain))
+}
+
 impl FrontEnd {
     /// Where the guest's memory has to be mapped now; `None` where nobody needs that, or nobody may run.
     fn domain(&self) -> Option<Arc<dyn DmaDomain>> {
-        let bdev = self.bdev.as_ref().filter(|_| self.active)?;
-        bdev.dma()
+        let domain = self.bdev.as_ref().filter(|_| self.active)?.dma()?;
+        let is_lost = self.lost_domain.as_ref().is_some_and(|lost| is_of(lost, &domain));
+        (!is_lost).then_some(domain)
     }
 
     /// True when rings may run as far as memory is concerned.
@@ -134,8 +139,9 @@ impl FrontEnd {
         let job = move || {
             let problem = match table.map_into(&domain, || still.load(Ordering::Relaxed)) {
                 Ok(true) => None,
-                Ok(false) => Some("nobody needs it any more".to_owned()),
-                Err(error) => Some(error.to_string()),
+                Ok(false) => Some(NotMapped::Refused("nobody needs it any more".to_owned())),
+                Err(DmaError::Gone { .. }) => Some(NotMapped::Gone(Arc::downgrade(&domain))),
+                Err(error) => Some(NotMapped::Refused(error.to_string())),
             };
             let result = match problem {
                 None => Ok(table),
@@ -148,7 +154,8 @@ impl FrontEnd {
             events.send(controller, EventKind::Mapped { vid, operation: number, result });
         };
         if let Err(error) = std::thread::Builder::new().name("map-memory".to_owned()).spawn(job) {
-            self.on_mapped(number, Err(format!("no thread to map memory: {error}")));
+            let problem = format!("no thread to map memory: {error}");
+            self.on_mapped(number, Err(NotMapped::Refused(problem)));
         }
     }
 
@@ -161,7 +168,11 @@ impl FrontEnd {
     }
 
     /// The thread is done.
-    pub(in crate::blk) fn on_mapped(&mut self, number: u64, result: Result<MemTable, String>) {
+    pub(in crate::blk) fn on_mapped(&mut self, number: u64, result: Result<MemTable, NotMapped>) {
+        if let Err(NotMapped::Gone(domain)) = &result {
+            // The bdev goes as well, and that will be told; until then its rings answer with errors.
+            self.lost_domain = Some(Weak::clone(domain));
+        }
         let is_needed = self.domain().is_some();
         let Some(current) = self.current.as_mut().filter(|c| c.number == number) else { return };
         current.waiting = 0;
@@ -169,6 +180,7 @@ impl FrontEnd {
             Ok(table) => self.set_mapped(table),
             Err(_) if !is_needed => self.put_off(),
             Err(problem) => {
+                let problem = problem.to_string();
                 let says_so = matches!(current.kind, Kind::MapMemory);
                 self.unmappable_count += 1;
                 if !says_so && self.unmappable_count <= UNMAPPABLE_LOGGED_MAX {
