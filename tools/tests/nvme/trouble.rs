@@ -141,7 +141,9 @@ fn never_stalls(what: &str, neighbour: &mut Exercise, act: impl FnOnce() + Send)
 fn with_neighbour(device: &Device) -> (Daemon, Exercise, Exercise) {
     let (daemon, socket) = serving_on("1", device, &json!({"timeout_us": 0}));
     let victim = exercise(&socket, 1);
-    let neighbour = exercise(&daemon.add_malloc("ram", DISK_BYTES, 512), 1);
+    let mut neighbour = exercise(&daemon.add_malloc("ram", DISK_BYTES, 512), 1);
+    // All of its memory is there from now on: to find some may take the kernel seconds while compilers write.
+    neighbour.verify();
     (daemon, victim, neighbour)
 }
 
