@@ -172,6 +172,7 @@ fn fewer_pairs_than_reactors_have_owners() {
     reactors.iter().for_each(ReactorHandle::stop);
     let options = NvmeOptions { num_io_queues: 1, ..patient() };
     let rig = Rig::with(ModelOptions::default(), vec![namespace(1, 9)], options, &[]);
-    assert_eq!(rig.control.info().queue_pairs, 1);
+    let info = rig.control.info();
+    assert_eq!((info.queue_pairs, info.queue_pairs_granted), (1, 1), "as many as it was asked for");
     rig.finish();
 }

@@ -14,7 +14,7 @@ use ringmill_core::cross::CrossBdev;
 use ringmill_core::io::{IoFlags, IoOp};
 use ringmill_core::mem::DmaDomain;
 use ringmill_core::reactor::ReactorHandle;
-use ringmill_core::spec::nvme::admin;
+use ringmill_core::spec::nvme::{Status, admin};
 use ringmill_drivers::model::{
     Aborts, Action, Match, ModelBacking, ModelControl, ModelOptions, ModelRegisters, start,
 };
@@ -38,6 +38,8 @@ struct Slow {
     in_reset: Arc<AtomicBool>,
     is_closing: AtomicBool,
     is_closed: Arc<AtomicBool>,
+    can_be_silenced: Arc<AtomicBool>,
+    is_silenced: Arc<AtomicBool>,
 }
 
 impl PciBacking for Slow {
@@ -87,6 +89,13 @@ impl PciBacking for Slow {
         self.inner.news()
     }
 
+    fn silence(&self) -> bool {
+        let can = self.can_be_silenced.load(Ordering::Acquire);
+        let is_silenced = can && self.inner.set_bus_master(false).is_ok();
+        self.is_silenced.store(is_silenced, Ordering::Release);
+        is_silenced
+    }
+
     fn close(&self) {
         if !self.is_closing.swap(true, Ordering::AcqRel) {
             std::thread::sleep(CLOSE);
@@ -117,6 +126,8 @@ struct Hung {
     bed: TestBed,
     in_reset: Arc<AtomicBool>,
     is_closed: Arc<AtomicBool>,
+    can_be_silenced: Arc<AtomicBool>,
+    is_silenced: Arc<AtomicBool>,
 }
 
 const OUT: usize = 4;
@@ -137,12 +148,15 @@ impl Hung {
         let (inner, model) = start(options, all).unwrap();
         let flag = || Arc::new(AtomicBool::new(false));
         let (hangs, in_reset, is_closed) = (flag(), flag(), flag());
+        let (can_be_silenced, is_silenced) = (flag(), flag());
         let backing = Slow {
             inner,
             hangs: Arc::clone(&hangs),
             in_reset: Arc::clone(&in_reset),
             is_closing: AtomicBool::new(false),
             is_closed: Arc::clone(&is_closed),
+            can_be_silenced: Arc::clone(&can_be_silenced),
+            is_silenced: Arc::clone(&is_silenced),
         };
         let (heard, reactor) = (Heard::default(), sleepy());
         let patient = NvmeOptions {
@@ -166,7 +180,20 @@ impl Hung {
             model.held() == OUT
         });
         hangs.store(true, Ordering::Release);
-        Hung { hangs: Hangs(hangs), model, control, heard, reactor, disk, bed, in_reset, is_closed }
+        let hangs = Hangs(hangs);
+        Hung {
+            hangs,
+            model,
+            control,
+            heard,
+            reactor,
+            disk,
+            bed,
+            in_reset,
+            is_closed,
+            can_be_silenced,
+            is_silenced,
+        }
     }
 
     /// Its reactor does something else until this has become false.
@@ -183,7 +210,7 @@ impl Hung {
     }
 
     /// Takes the device away, waits for the end, and looks at it.
-    fn ends_in_time(mut self, removal: Removal, bound: Duration, is_over: impl Fn(&Hung) -> bool) {
+    fn ends_in_time(self, removal: Removal, bound: Duration, is_over: impl Fn(&Hung) -> bool) {
         let start = Instant::now();
         match removal {
             Removal::Asked => self.model.tell(DeviceNews::Requested),
@@ -197,9 +224,19 @@ impl Hung {
         // Its reactor has done nothing yet, so that nothing has ended.
         assert_eq!(self.bed.out_count(), OUT);
         self.hangs.0.store(false, Ordering::Release);
+        self.finish();
+    }
+
+    /// Its requests end, none before the device was cut off; then nothing is left.
+    fn finish(mut self) {
         let mut ends = Vec::new();
         until("the end of all requests", || {
-            self.bed.turn(|_, status| ends.push(status));
+            self.bed.turn(|_, status| {
+                let is_cut_off = [&self.is_closed, &self.is_silenced];
+                let is_cut_off = is_cut_off.iter().any(|flag| flag.load(Ordering::Acquire));
+                assert!(is_cut_off, "it may still write to memory");
+                ends.push(status);
+            });
             self.bed.out_count() == 0
         });
         assert_eq!(ends, [IoStatus::Gone; OUT]);
@@ -259,8 +296,7 @@ fn a_removal_ends_in_time_in_a_reset_that_waits_for_the_device() {
 fn a_removal_ends_in_time_in_a_function_reset_that_never_comes_back() {
     let hung = Hung::new(1);
     // Its queues are refused after the first reset: the next one is of the function.
-    hung.model
-        .rule(Match::admin(admin::CREATE_CQ), Action::Status(ringmill_core::spec::nvme::Status(6)));
+    hung.model.rule(Match::admin(admin::CREATE_CQ), Action::Status(Status(0x06)));
     hung.model.tell(DeviceNews::Error);
     until("the reset of the function", || hung.in_reset.load(Ordering::Acquire));
     hung.stop_reactor();
@@ -313,6 +349,38 @@ fn a_removal_ends_in_time_in_a_detach() {
         });
         detach.join().unwrap();
     }
+}
+
+#[test]
+fn nothing_ends_before_the_device_is_cut_off() {
+    // Its reactor does all that it is told at once; closing takes 2 s.
+    for in_reset in [false, true] {
+        let hung = Hung::new(1);
+        if in_reset {
+            hung.model.rule(Match::admin(admin::CREATE_CQ), Action::Status(Status(0x06)));
+            hung.model.tell(DeviceNews::Error);
+            until("the reset of the function", || hung.in_reset.load(Ordering::Acquire));
+        } else {
+            hung.model.set_ready_stuck(true);
+        }
+        hung.model.tell(DeviceNews::Requested);
+        hung.finish();
+    }
+}
+
+#[test]
+fn nobody_waits_for_the_close_of_a_device_that_was_silenced() {
+    let mut hung = Hung::new(1);
+    hung.can_be_silenced.store(true, Ordering::Release);
+    hung.model.set_ready_stuck(true);
+    hung.model.tell(DeviceNews::Requested);
+    until("the first end", || {
+        hung.bed.turn(|_, status| assert_eq!(status, IoStatus::Gone));
+        hung.bed.out_count() == 0
+    });
+    assert!(hung.is_silenced.load(Ordering::Acquire));
+    assert!(!hung.is_closed.load(Ordering::Acquire), "closing takes 2 s");
+    until("the close", || hung.is_closed.load(Ordering::Acquire));
 }
 
 #[test]

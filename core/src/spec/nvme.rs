@@ -230,8 +230,10 @@ pub mod event {
     pub const NOTICE: u8 = 2;
     /// Information of a notice: namespace attributes changed.
     pub const NOTICE_NAMESPACE: u8 = 0;
-    /// Bits of the feature: all health events; the upper two of the byte are reserved.
+    /// Bits of the feature: health events; the upper two of the byte are reserved.
     pub const ENABLE_HEALTH: u32 = 0x3f;
+    /// Those of them that were reserved before 1.4: persistent memory.
+    pub const ENABLE_HEALTH_SINCE_1_4: u32 = 1 << 5;
     /// Bit of the feature (and of OAES): namespace attribute notices.
     pub const ENABLE_NAMESPACE: u32 = 1 << 8;
     /// Bit of the feature (and of OAES): firmware activation notices.
@@ -334,6 +336,8 @@ pub mod id_ns {
     pub const LBAF: usize = 128;
     /// NSATTR: bit 0 write protected.
     pub const NSATTR: usize = 99;
+    /// LBA formats with unique attributes, behind those of NLBAF; reserved, and 0, before NVM Command Set 1.0b.
+    pub const NULBAF: usize = 82;
 }
 
 /// Namespace identification descriptors (Base 2.0 §5.17.2.3): type (u8), length (u8), 2 reserved bytes, the identifier.

@@ -200,7 +200,7 @@ fn describe<B: PciBacking>(
         firmware: data.firmware.clone(),
         version: format!("{major}.{minor}.{tertiary}"),
         queue_pairs: pairs,
-        queue_pairs_granted: pairs,
+        queue_pairs_granted: controller.pairs_granted,
         queue_entries: controller.queue_entries(options.io_queue_size),
         queue_entries_max: controller.cap.queue_entries_max(),
         vectors: controller.backing.vectors_count(),

@@ -61,6 +61,8 @@ pub(super) struct Controller<B: PciBacking> {
     /// Memory of queues whose creation failed: the device may have made them. Held until it has stopped.
     pub(super) orphans: Vec<Arc<QueueMemory>>,
     pub(super) timeout_admin: Duration,
+    /// As it said, whatever was asked for.
+    pub(super) pairs_granted: u16,
     ready_most: Duration,
     command_set: u32,
 }
@@ -107,6 +109,7 @@ impl<B: PciBacking> Controller<B> {
             shadow: Shadow::Undecided,
             orphans: Vec::new(),
             timeout_admin: options.timeout_admin,
+            pairs_granted: 0,
             ready_most: options.ready_timeout_max,
             command_set,
             backing,

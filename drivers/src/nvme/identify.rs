@@ -154,10 +154,12 @@ pub(super) struct SetLimits {
 }
 
 impl SetLimits {
-    pub(super) fn parse(page: &[u8]) -> SetLimits {
+    /// The structure came with 2.0: what says success before that, and only zeroes, has none.
+    pub(super) fn parse(page: &[u8], major: u16) -> SetLimits {
+        let known = major >= 2 || page.iter().any(|byte| *byte != 0);
         let page = Page(page);
         SetLimits {
-            known: true,
+            known,
             write_zeroes_shift: page.u8(id_ctrl_nvm::WZSL),
             ranges: page.u8(id_ctrl_nvm::DMRL),
             range_blocks: page.u32(id_ctrl_nvm::DMRSL),
@@ -265,7 +267,7 @@ impl NamespaceData {
     pub(super) fn parse(page: &[u8]) -> NamespaceData {
         let page = Page(page);
         let formatted = page.u8(id_ns::FLBAS);
-        let formats_z = page.u8(id_ns::NLBAF_Z);
+        let formats_z = page.u8(id_ns::NLBAF_Z).saturating_add(page.u8(id_ns::NULBAF));
         // The upper bits of the number count only where there are that many (Base 2.0 §5.17.2.2).
         let upper = if formats_z >= 16 { (formatted >> 5 & 3) << 4 } else { 0 };
         let number = formatted & 0xf | upper;

@@ -111,6 +111,12 @@ fn only_whole_blocks_of_512_and_4096_bytes_are_disks() {
     many[id_ns::FLBAS] = 0x21;
     put(&mut many, id_ns::LBAF + 4 * 17, &[0, 0, 12, 0]);
     assert_eq!((refusal(&many).as_str(), NamespaceData::parse(&many).block_bytes), ("", 4096));
+    many[id_ns::NLBAF_Z] = 10;
+    many[id_ns::NULBAF] = 7;
+    assert_eq!(refusal(&many), "", "17 is one of those with unique attributes");
+    many[id_ns::NULBAF] = 6;
+    assert!(refusal(&many).contains("format that it does not have"));
+    many[id_ns::NULBAF] = 0;
     many[id_ns::NLBAF_Z] = 15;
     assert_eq!(NamespaceData::parse(&many).block_bytes, 1, "the upper bits are reserved here");
 }
@@ -160,8 +166,10 @@ fn limits_of_ranges_and_zeroes_are_usable_whatever_they_say() {
     let unknown = SetLimits::default();
     assert_eq!(namespace.write_zeroes(&controller, unknown).blocks_max, 128, "MDTS counts");
     let mut page = vec![0; 4096];
-    let free = SetLimits::parse(&page);
+    let free = SetLimits::parse(&page, 2);
     assert_eq!(namespace.write_zeroes(&controller, free).blocks_max, 1 << 16);
+    let empty = SetLimits::parse(&page, 1);
+    assert_eq!(namespace.write_zeroes(&controller, empty).blocks_max, 128, "MDTS counts");
     let discard = free.discard();
     assert_eq!(
         (discard.ranges_max, discard.range_blocks_max, discard.blocks_max),
@@ -171,7 +179,7 @@ fn limits_of_ranges_and_zeroes_are_usable_whatever_they_say() {
     page[id_ctrl_nvm::DMRL] = 2;
     put(&mut page, id_ctrl_nvm::DMRSL, &64u32.to_le_bytes());
     put(&mut page, id_ctrl_nvm::DMSL, &100u64.to_le_bytes());
-    let bound = SetLimits::parse(&page);
+    let bound = SetLimits::parse(&page, 1);
     assert_eq!(namespace.write_zeroes(&controller, bound).blocks_max, 16);
     let discard = bound.discard();
     assert_eq!((discard.ranges_max, discard.range_blocks_max, discard.blocks_max), (2, 64, 100));
@@ -247,7 +255,7 @@ proptest! {
         }
         let namespace = NamespaceData::parse(&page);
         let controller = ControllerData::parse(&other, Quirks::of(0x8086, 0x0953));
-        let limits = SetLimits::parse(&other);
+        let limits = SetLimits::parse(&other, 2);
         let mut identity = namespace.identity;
         identity.read_descriptors(&other);
         let _ = (parse_health(&other), controller.refusal(), rising_ids(&other, 0));

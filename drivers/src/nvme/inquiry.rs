@@ -79,7 +79,7 @@ impl<B: PciBacking> Controller<B> {
         } else {
             None
         };
-        self.limits = page.map_or_else(SetLimits::default, |page| SetLimits::parse(&page));
+        self.limits = page.map_or_else(SetLimits::default, |page| SetLimits::parse(&page, major));
         self.data = data;
         Ok(())
     }
@@ -172,14 +172,21 @@ impl<B: PciBacking> Controller<B> {
 
     /// Asks to be told of what happens.
     pub(super) fn watch_events(&mut self) -> Result<(), NvmeError> {
+        let (major, minor, _) = self.version;
         let optional = event::ENABLE_NAMESPACE & self.data.events;
-        let mut entry = Sqe::new(admin::SET_FEATURES, 0, 0);
-        entry.0[10] = feature::ASYNC_EVENTS;
-        entry.0[11] = event::ENABLE_HEALTH | optional;
-        match self.admin.command(&self.bar, entry, "set features (events)", self.timeout_admin) {
-            // It tells what it likes, then.
-            Err(error) if refused_with(&error).is_none() => return Err(error),
-            _ => {}
+        let reserved = if (major, minor) < (1, 4) { event::ENABLE_HEALTH_SINCE_1_4 } else { 0 };
+        let health = event::ENABLE_HEALTH & !reserved;
+        // One bit that it does not like must not cost the others.
+        for wanted in [health | optional, optional, 0] {
+            let mut entry = Sqe::new(admin::SET_FEATURES, 0, 0);
+            entry.0[10] = feature::ASYNC_EVENTS;
+            entry.0[11] = wanted;
+            let what = "set features (events)";
+            match self.admin.command(&self.bar, entry, what, self.timeout_admin) {
+                Ok(_) => break,
+                Err(error) if refused_with(&error).is_none() => return Err(error),
+                Err(error) => tracing::warn!("{error}; it was asked for events {wanted:#x}"),
+            }
         }
         self.admin.want_events(&self.bar, self.data.event_requests_max);
         Ok(())

@@ -236,7 +236,7 @@ impl<R: Registers> QueuePair<R> {
     /// Checks a completion and frees its slot; `None` when the command goes on, or is none.
     #[inline(always)]
     pub(super) fn accept(&mut self, entry: Cqe) -> Option<(Owner, IoStatus)> {
-        if !self.rings.is_head(entry.sq_head(), self.out) || entry.sq_id() != self.queue_id {
+        if !self.rings.is_head(entry.sq_head()) || entry.sq_id() != self.queue_id {
             return self.distrust(Trouble::StrangeHead);
         }
         let Some((number, slot)) = self.slots.find(entry.cid()) else {

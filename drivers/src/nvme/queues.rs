@@ -75,7 +75,7 @@ fn window(map: &DmaMap) -> Option<SharedSlice> {
 }
 
 impl<B: PciBacking> Controller<B> {
-    /// Asks for queue pairs; returns how many it gives, at most as many as have doorbells.
+    /// Asks for queue pairs; returns how many of them it gives, at most as many as have doorbells. It may grant more.
     pub(super) fn ask_for_pairs(&mut self, wanted: u16) -> Result<u16, NvmeError> {
         let stride = self.cap.doorbell_stride();
         let len_bytes = self.bar.registers().len_bytes();
@@ -93,7 +93,8 @@ impl<B: PciBacking> Controller<B> {
         let [granted, _] = self.admin.command(&self.bar, entry, what, self.timeout_admin)?;
         let [s0, s1, c0, c1] = granted.to_le_bytes();
         let least_z = u16::from_le_bytes([s0, s1]).min(u16::from_le_bytes([c0, c1]));
-        Ok(least_z.saturating_add(1).min(wanted))
+        self.pairs_granted = least_z.saturating_add(1);
+        Ok(self.pairs_granted.min(wanted))
     }
 
     /// Entries of each queue.

@@ -334,13 +334,21 @@ impl<B: PciBacking> Keeper<B> {
         }
         self.lost = true;
         tracing::error!("{}: it is lost: {why}", self.name());
-        // From here on it reaches no memory: bus master off, unmapped.
-        self.controller.backing.close();
         self.common.status().last_error = Some(why.to_owned());
-        self.order_all(Order::Fail(reason));
-        self.wait_obeyed(OBEY_LAST.min(self.left_for(Instant::now(), Duration::ZERO)));
+        self.cut_off(reason, OBEY_LAST);
         self.set_state(state);
         (self.events)(NvmeEvent::Removed { reason: why.to_owned() });
+    }
+
+    /// Ends what is out, once the device provably reaches no memory any more, and closes it. Where bus mastering is proof
+    /// enough nobody waits until all memory of large guests is unmapped, or a reset has come back.
+    fn cut_off(&mut self, reason: FailReason, within: Duration) {
+        if !self.controller.backing.silence() {
+            self.controller.backing.close();
+        }
+        self.order_all(Order::Fail(reason));
+        self.wait_obeyed(within.min(self.left_for(Instant::now(), Duration::ZERO)));
+        self.controller.backing.close();
     }
 
     /// The orderly end.
@@ -354,10 +362,8 @@ impl<B: PciBacking> Keeper<B> {
             if let Err(error) = self.stop_politely() {
                 tracing::warn!("{}: {error}", self.name());
             }
-            self.controller.backing.close();
             self.lost = true;
-            self.order_all(Order::Fail(FailReason::Gone));
-            self.wait_obeyed(OBEY_SOON);
+            self.cut_off(FailReason::Gone, OBEY_SOON);
         }
         self.take_pairs_back();
         self.common.forget();

@@ -152,15 +152,10 @@ impl Rings {
         self.unrung += 1;
     }
 
-    /// Whether the device may say so: the entries that it has not read are among the `out` last ones.
+    /// Whether the device may say so. Not whether it lags: completions may be written in another order than they were made.
     #[inline]
-    pub(super) fn is_head(&self, head: u16, out: u16) -> bool {
-        let behind = if head <= self.sq_tail {
-            self.sq_tail - head
-        } else {
-            (self.sq_tail + self.entries).saturating_sub(head)
-        };
-        head < self.entries && behind <= out
+    pub(super) fn is_head(&self, head: u16) -> bool {
+        head < self.entries
     }
 
     /// Entries that the device was not told about.

@@ -149,6 +149,12 @@ pub trait PciBacking: Send + Sync + fmt::Debug + 'static {
     /// The next piece of news. Does not block.
     fn news(&self) -> Option<DeviceNews>;
 
+    /// Keeps the device from memory at once, if that can be proved here without waiting: the first part of
+    /// [`PciBacking::close`], whose other parts may take long. True when it reaches none from now on.
+    fn silence(&self) -> bool {
+        false
+    }
+
     /// Ends all access: bus master off, reset, interrupts unbound, memory unmapped from the device, descriptors closed.
     /// Further calls answer [`PciError::Gone`], registers ones. Called once nobody needs the device; never waits for long,
     /// and is done by dropping, too.

@@ -371,6 +371,11 @@ impl PciBacking for VfioDevice {
         Some(if self.is_present() { news } else { DeviceNews::Gone })
     }
 
+    /// The command register is read back, and what the device wrote before that answer has arrived before it.
+    fn silence(&self) -> bool {
+        self.set_bus_master(false).is_ok()
+    }
+
     fn close(&self) {
         let Some(group) = self.group.lock().unwrap_or_else(PoisonError::into_inner).take() else {
             return;
