@@ -128,6 +128,12 @@ pub const VFIO_USER_ANSWER_MS: u64 = 5_000;
 /// every page (seconds per GiB of ordinary ones), or to let its own requests end. Other commands wait behind it.
 pub const VFIO_USER_MEMORY_MS: u64 = 60_000;
 
+/// What attaching a controller behind a vfio-user server may take in all. It asks some hundred questions, which a sound
+/// server answers in microseconds each, gives it some megabytes of memory, and waits for a controller that is ready within
+/// seconds; a server that answers each of them just in time would keep the attempt going for many minutes.
+pub const VFIO_USER_ATTACH_MS: u64 = 120_000;
+const _: () = assert!(VFIO_USER_ATTACH_MS > VFIO_USER_MEMORY_MS + 4 * VFIO_USER_ANSWER_MS);
+
 /// How long a reactor that goes to sleep waits until a vfio-user server knows its eventfd: many round trips, and a delay
 /// that a guest hardly sees. Without an answer the reactor stays awake.
 pub const VFIO_USER_BIND_MS: u64 = 5;

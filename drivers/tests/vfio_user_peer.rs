@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ringmill_core::mem::{DmaError, Mapping, MemTable, RegionSpec};
@@ -13,6 +14,7 @@ use ringmill_core::units::GuestAddr;
 use ringmill_drivers::pci::{DeviceNews, PciBacking, Registers};
 use ringmill_drivers::vfio_user::VfioUserBacking;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use tempfile::TempDir;
 use vfio_bindings::bindings::vfio::{vfio_region_info, vfio_region_sparse_mmap_area};
 use vfio_user::{
     DmaMapFlags, DmaUnmapFlags, IrqInfo, Server, ServerBackend, ServerRegion, SparseArea,
@@ -157,6 +159,34 @@ fn serve(path: &Path, bar: &OwnedFd) -> Server {
     Server::new(path, true, (0..5).map(irq).collect(), (0..9).map(region).collect()).unwrap()
 }
 
+/// The toy behind its server, on a thread of its own, and what is needed to look at it.
+struct Served {
+    dir: TempDir,
+    bar: File,
+    thread: JoinHandle<Toy>,
+}
+
+impl Served {
+    /// At a socket of this name in a directory of its own.
+    fn at(name: &str) -> Served {
+        let dir = tempfile::tempdir().unwrap();
+        let bar = rustix::fs::memfd_create("bar", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&bar, BAR_BYTES).unwrap();
+        let server = serve(&dir.path().join(name), &bar);
+        let thread = std::thread::spawn(move || {
+            let mut toy = toy();
+            server.run(&mut toy).unwrap();
+            toy
+        });
+        Served { dir, bar: File::from(bar), thread }
+    }
+
+    /// The toy, once its client has left.
+    fn end(self) -> Toy {
+        self.thread.join().unwrap()
+    }
+}
+
 fn is_readable(fd: &impl AsFd) -> bool {
     let wait = Timespec::try_from(Duration::from_secs(5)).unwrap();
     poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&wait)).unwrap() == 1
@@ -164,17 +194,8 @@ fn is_readable(fd: &impl AsFd) -> bool {
 
 #[test]
 fn a_server_by_others_is_driven_from_the_first_message_to_the_last() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("cntrl");
-    let bar = rustix::fs::memfd_create("bar", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-    rustix::fs::ftruncate(&bar, BAR_BYTES).unwrap();
-    let server = serve(&path, &bar);
-    let thread = std::thread::spawn(move || {
-        let mut toy = toy();
-        server.run(&mut toy).unwrap();
-        toy
-    });
-    let backing = VfioUserBacking::connect(dir.path()).unwrap();
+    let served = Served::at("cntrl");
+    let backing = VfioUserBacking::connect(served.dir.path()).unwrap();
     assert_eq!(backing.vectors_count(), 4);
     backing.set_bus_master(true).unwrap();
     let mut command = [0; 2];
@@ -188,7 +209,7 @@ fn a_server_by_others_is_driven_from_the_first_message_to_the_last() {
     assert_eq!(registers.read_u64(0x28), 0x1122_3344_5566_7788);
     registers.write_u32(0x1008, 77);
     let mut doorbell = [0; 4];
-    File::from(bar.try_clone().unwrap()).read_exact_at(&mut doorbell, 0x1008).unwrap();
+    served.bar.read_exact_at(&mut doorbell, 0x1008).unwrap();
     assert_eq!(doorbell, [77, 0, 0, 0]);
 
     let interrupt = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
@@ -217,7 +238,7 @@ fn a_server_by_others_is_driven_from_the_first_message_to_the_last() {
     assert_eq!(backing.news(), Some(DeviceNews::Gone));
     assert!(matches!(domain.map(&memory), Err(DmaError::Gone { .. })));
     assert_eq!(registers.read_u32(0x14), u32::MAX);
-    let toy = thread.join().unwrap();
+    let toy = served.end();
     assert!(toy.maps.is_empty() && toy.vectors.iter().all(Option::is_none));
     assert_eq!(toy.config[0x42..0x44], [3, 0x80], "MSI-X is enabled");
     let others: Vec<_> = toy.others.iter().map(|(index, fds)| (*index, fds.len())).collect();
@@ -226,17 +247,8 @@ fn a_server_by_others_is_driven_from_the_first_message_to_the_last() {
 
 #[test]
 fn closing_resets_a_server_by_others_and_gives_everything_back() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("nvme.sock");
-    let bar = rustix::fs::memfd_create("bar", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-    rustix::fs::ftruncate(&bar, BAR_BYTES).unwrap();
-    let server = serve(&path, &bar);
-    let thread = std::thread::spawn(move || {
-        let mut toy = toy();
-        server.run(&mut toy).unwrap();
-        toy
-    });
-    let backing = VfioUserBacking::connect(&path).unwrap();
+    let served = Served::at("nvme.sock");
+    let backing = VfioUserBacking::connect(&served.dir.path().join("nvme.sock")).unwrap();
     backing.set_bus_master(true).unwrap();
     let interrupt = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
     backing.bind_vector(0, Some(interrupt.as_fd())).unwrap();
@@ -245,7 +257,7 @@ fn closing_resets_a_server_by_others_and_gives_everything_back() {
     let start = Instant::now();
     backing.close();
     assert!(start.elapsed() < Duration::from_secs(2));
-    let toy = thread.join().unwrap();
+    let toy = served.end();
     assert_eq!((toy.resets, toy.maps.len(), toy.config[4]), (1, 0, 0));
     assert!(toy.vectors.iter().all(Option::is_none));
 }

@@ -6,29 +6,27 @@
 
 #[path = "support/frontend.rs"]
 mod frontend;
+#[path = "support/host.rs"]
+mod host;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, mpsc};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use frontend::*;
-use ringmill_core::bdev::{Bdev, BdevError, BdevInfo, Channel, ChannelSeed, Registry, Room};
+use host::Host;
+use ringmill_core::bdev::{Bdev, BdevError, BdevInfo, Channel, ChannelSeed, Room};
 use ringmill_core::io::{BatchView, Completions, Tag};
 use ringmill_core::mem::{DmaDomain, DmaError, IovaOffset, Mapping, install_sigbus_handler};
-use ringmill_core::reactor::{self, IdlePolicy, IoCx, ReactorConfig, ReactorHandle};
+use ringmill_core::reactor::{IoCx, ReactorHandle};
 use ringmill_drivers::malloc::{MallocBdev, MallocOptions};
-use ringmill_vmm_glue::blk::{
-    Controller, ControllerSpec, ControllerState, PinView, SourceToken, event_queue,
-};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use tempfile::TempDir;
+use ringmill_vmm_glue::blk::PinView;
 
 const WAIT_MAX: Duration = Duration::from_secs(20);
 /// Long enough that something which must not happen would have.
 const MOMENT: Duration = Duration::from_millis(150);
 const ALL: u64 = P_MQ | P_REPLY_ACK | P_CONFIG | P_MEM_SLOTS | P_RESET_DEVICE;
-const RINGS_BYTES: u64 = 2 * 0x1_0000;
+const RINGS_BYTES: u64 = 2 * RING_BYTES;
 const DATA_GUEST: u64 = 0x4000_0000;
 const MORE_GUEST: u64 = 0x8000_0000;
 const SLOTS: u16 = 8;
@@ -242,32 +240,15 @@ fn wait_for(mut reached: impl FnMut() -> bool) -> bool {
     true
 }
 
-/// What the control thread is asked.
-enum Order {
-    Views(mpsc::Sender<Vec<(bool, PinView)>>),
-    RemoveBdev,
-}
-
-/// A controller and a thread that plays its control thread.
-struct Host {
-    dir: TempDir,
+/// A controller over the watched disk.
+struct Rig {
+    host: Host,
     watch: Arc<Watch>,
-    orders: Option<mpsc::Sender<Order>>,
-    /// The longest time that the control thread was away.
-    longest: Arc<Mutex<Duration>>,
-    thread: Option<JoinHandle<()>>,
-    reactor: ReactorHandle,
 }
 
-impl Host {
-    fn start(pin: bool) -> Host {
+impl Rig {
+    fn start(pin: bool) -> Rig {
         install_sigbus_handler().expect("a handler");
-        let config = ReactorConfig {
-            core: None,
-            idle: IdlePolicy::Adaptive { spin_ns: 50_000 },
-            io_wq_cpus: Vec::new(),
-        };
-        let reactor = reactor::spawn(&config).expect("a reactor");
         let book = Book {
             mood: Mood::Takes,
             unmaps_wait: false,
@@ -283,64 +264,19 @@ impl Host {
         let watch = Arc::new(Watch { book: Mutex::new(book), changed, holds });
         let options = MallocOptions { blocks_count: 16384, block_bytes: 512, uuid: None };
         let ram = MallocBdev::new("watched", &options).expect("memory");
-        let registry = Arc::new(Registry::new());
-        let watched: Arc<dyn Bdev> = Arc::new(Watched { ram, watch: Arc::clone(&watch) });
-        registry.add(watched).expect("a free name");
-        let dir = TempDir::new().expect("a directory");
-        let spec = ControllerSpec {
-            name: "disk".to_owned(),
-            bdev: "watched".to_owned(),
-            socket: dir.path().join("disk"),
-            socket_mode: 0o600,
-            socket_group: None,
-            read_only: false,
-            serial: None,
-            queues_max: 2,
-            pin,
-        };
-        let (orders, inbox) = mpsc::channel();
-        let longest = Arc::<Mutex<Duration>>::default();
-        let (slowest, served) = (Arc::clone(&longest), reactor.clone());
-        let (ready, is_ready) = mpsc::channel();
-        let thread = std::thread::spawn(move || {
-            let (sender, events) = event_queue().expect("an eventfd");
-            let mut controller =
-                Controller::new(1, spec, &registry, vec![served], &sender).expect("a controller");
-            ready.send(()).expect("the test waits");
-            while controller.state() != ControllerState::Deleted {
-                let began = Instant::now();
-                match inbox.try_recv() {
-                    Ok(Order::Views(answer)) => {
-                        let views = controller.sessions().into_iter();
-                        let _ = answer.send(views.map(|v| (v.active, v.pin)).collect());
-                    }
-                    Ok(Order::RemoveBdev) => drop(registry.remove("watched")),
-                    Err(mpsc::TryRecvError::Empty) => {}
-                    Err(mpsc::TryRecvError::Disconnected) => controller.begin_delete(),
-                }
-                while let Some(event) = events.next() {
-                    controller.on_event(event);
-                }
-                let mut longest = slowest.lock().unwrap();
-                *longest = longest.max(began.elapsed());
-                drop(longest);
-                serve(&mut controller);
-            }
-        });
-        is_ready.recv().expect("a controller");
-        let (orders, thread) = (Some(orders), Some(thread));
-        Host { dir, watch, orders, longest, thread, reactor }
+        let watched = Arc::new(Watched { ram, watch: Arc::clone(&watch) });
+        Rig { host: Host::start(watched, 1, (2, pin), |_, _| {}), watch }
     }
 
-    fn order(&self, order: Order) {
-        self.orders.as_ref().expect("a host").send(order).expect("a host");
+    fn remove_bdev(&self) {
+        self.host.order(|_, registry| drop(registry.remove("watched")));
     }
 
     /// Each session: whether its rings may run, and whether its memory is pinned.
     fn views(&self) -> Vec<(bool, PinView)> {
-        let (answer, answered) = mpsc::channel();
-        self.order(Order::Views(answer));
-        answered.recv_timeout(WAIT_MAX).expect("an answer")
+        self.host.ask(|controller| {
+            controller.sessions().into_iter().map(|view| (view.active, view.pin)).collect()
+        })
     }
 
     #[track_caller]
@@ -350,7 +286,7 @@ impl Host {
     }
 
     fn connect(&self) -> FrontEnd {
-        FrontEnd::connect(&self.dir.path().join("disk"), F_FLUSH, ALL)
+        FrontEnd::connect(&self.host.socket(), F_FLUSH, ALL)
     }
 
     /// A front-end that has described its memory, and a ring that it has not started.
@@ -375,103 +311,76 @@ impl Host {
 
     /// Ends the controller; everything must be unmapped then.
     fn end(mut self) {
-        self.orders = None;
-        self.thread.take().expect("once").join().expect("the control thread");
+        self.host.end();
         let (maps, unmaps) = self.watch.counts();
         assert_eq!(maps, unmaps, "what was mapped is unmapped");
-        let longest = *self.longest.lock().unwrap();
+        let longest = self.host.longest();
         assert!(longest < Duration::from_secs(2), "the control thread was away for {longest:?}");
         let book = self.watch.book.lock().unwrap();
         let own =
             |name: &Option<String>| matches!(name.as_deref(), Some("map-memory" | "unmap-memory"));
         assert!(book.threads.iter().all(own), "{:?}", book.threads);
-        drop(book);
-        self.reactor.stop();
-    }
-}
-
-/// Waits for the controller's descriptors, a moment at most, and hands on what they say.
-fn serve(controller: &mut Controller) {
-    let sources: Vec<_> = controller.sources().collect();
-    let mut fds: Vec<PollFd<'_>> = sources
-        .iter()
-        .map(|source| {
-            let mut flags = PollFlags::empty();
-            flags.set(PollFlags::IN, source.readable);
-            flags.set(PollFlags::OUT, source.writable);
-            PollFd::from_borrowed_fd(source.fd, flags)
-        })
-        .collect();
-    poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 1_000_000 })).expect("a poll");
-    let ready: Vec<(SourceToken, PollFlags)> =
-        sources.iter().zip(&fds).map(|(s, fd)| (s.token, fd.revents())).collect();
-    drop(fds);
-    drop(sources);
-    for (token, flags) in ready.into_iter().filter(|(_, flags)| !flags.is_empty()) {
-        let readable = flags.contains(PollFlags::IN);
-        let hung_up = flags.intersects(PollFlags::HUP | PollFlags::ERR);
-        controller.on_ready(token, readable, flags.contains(PollFlags::OUT), hung_up);
     }
 }
 
 #[test]
 fn memory_is_mapped_before_rings_start_and_not_for_those_who_only_connect() {
-    let host = Host::start(true);
-    let (mut front, mut load, data) = host.prepared();
-    host.expect_views(&[(false, PinView::Pinning)]);
-    assert_eq!(host.watch.counts(), (0, 0), "a front-end without rings pins nothing");
-    host.watch.set(Mood::Waits);
+    let rig = Rig::start(true);
+    let (mut front, mut load, data) = rig.prepared();
+    rig.expect_views(&[(false, PinView::Pinning)]);
+    assert_eq!(rig.watch.counts(), (0, 0), "a front-end without rings pins nothing");
+    rig.watch.set(Mood::Waits);
     // All of the ring's messages are answered while its memory is being mapped.
     front.start(&load.ring, 0);
-    host.watch.asked(1);
-    host.expect_views(&[(true, PinView::Pinning)]);
+    rig.watch.asked(1);
+    rig.expect_views(&[(true, PinView::Pinning)]);
     load.submit(&data);
     std::thread::sleep(MOMENT);
     assert_eq!(load.poll(&[&data]), 0, "the ring runs before its memory is mapped");
-    host.watch.set(Mood::Takes);
+    rig.watch.set(Mood::Takes);
     load.run(&data, 100);
-    host.watch.expect(2, 0);
-    host.expect_views(&[(true, PinView::On)]);
+    rig.watch.expect(2, 0);
+    rig.expect_views(&[(true, PinView::On)]);
     load.drain(&[&data]);
     drop(front);
-    host.watch.expect(2, 2);
-    host.end();
+    rig.watch.expect(2, 2);
+    rig.end();
 }
 
 #[test]
 fn only_new_memory_is_mapped_and_removed_memory_unmapped_after_its_requests() {
-    let host = Host::start(false);
-    let (mut front, mut load, data) = host.running();
-    host.watch.expect(2, 0);
+    let rig = Rig::start(false);
+    let (mut front, mut load, data) = rig.running();
+    rig.watch.expect(2, 0);
     let more = Memory::new(MORE_GUEST, DATA_LEN);
     for round in 0..5 {
         load.drain(&[&data]);
         front.add_memory(&more);
-        assert_eq!(host.watch.counts(), (3 + round, round), "round {round}: only the new region");
+        assert_eq!(rig.watch.counts(), (3 + round, round), "round {round}: only the new region");
         load.data_guest = MORE_GUEST;
         load.run(&more, 50);
         load.drain(&[&more]);
         load.data_guest = DATA_GUEST;
         load.submit(&data);
         front.remove_memory(&more);
-        assert_eq!(host.watch.counts(), (3 + round, round + 1), "round {round}: before the answer");
+        assert_eq!(rig.watch.counts(), (3 + round, round + 1), "round {round}: before the answer");
         load.run(&data, 50);
     }
     load.drain(&[&data]);
     drop(front);
-    host.watch.expect(7, 7);
-    host.end();
+    rig.watch.expect(7, 7);
+    rig.end();
 }
 
 #[test]
 fn a_request_that_is_out_keeps_its_memory_mapped() {
-    let host = Host::start(false);
-    let (mut front, mut load, data) = host.running();
+    let rig = Rig::start(false);
+    let (mut front, mut load, data) = rig.running();
     load.drain(&[&data]);
-    host.watch.holds.store(true, Ordering::Relaxed);
+    rig.watch.holds.store(true, Ordering::Relaxed);
     load.submit(&data);
-    assert!(wait_for(|| host.watch.out_count() >= usize::from(SLOTS)));
-    let watch = Arc::clone(&host.watch);
+    assert!(wait_for(|| rig.watch.out_count() >= usize::from(SLOTS)));
+    let watch = Arc::clone(&rig.watch);
     let late = std::thread::spawn(move || {
         std::thread::sleep(MOMENT);
         let before = watch.counts();
@@ -480,54 +389,54 @@ fn a_request_that_is_out_keeps_its_memory_mapped() {
     });
     front.remove_memory(&data);
     assert_eq!(late.join().expect("a thread"), (2, 0), "unmapped under requests");
-    host.watch.expect(2, 1);
+    rig.watch.expect(2, 1);
     drop(front);
-    host.watch.expect(2, 2);
-    host.end();
+    rig.watch.expect(2, 2);
+    rig.end();
 }
 
 #[test]
 fn memory_that_cannot_be_mapped_is_refused_and_the_old_table_stays() {
-    let host = Host::start(false);
-    let (mut front, mut load, data) = host.running();
+    let rig = Rig::start(false);
+    let (mut front, mut load, data) = rig.running();
     let more = Memory::new(MORE_GUEST, DATA_LEN);
     for _ in 0..3 {
         load.submit(&data);
-        host.watch.set(Mood::Refuses);
+        rig.watch.set(Mood::Refuses);
         assert_ne!(front.add_memory_answer(&more), 0, "refused");
-        assert_eq!(host.watch.counts(), (2, 0));
-        host.expect_views(&[(true, PinView::On)]);
+        assert_eq!(rig.watch.counts(), (2, 0));
+        rig.expect_views(&[(true, PinView::On)]);
         load.run(&data, 50);
         // A whole table with something new in it.
         assert_ne!(front.set_memory_answer(&[&load.memory, &data, &more]), 0, "refused");
-        assert_eq!(host.watch.counts(), (2, 0), "nothing of it was left, nothing was taken");
-        host.watch.set(Mood::Takes);
+        assert_eq!(rig.watch.counts(), (2, 0), "nothing of it was left, nothing was taken");
+        rig.watch.set(Mood::Takes);
         load.run(&data, 50);
     }
     front.add_memory(&more);
-    host.watch.expect(3, 0);
+    rig.watch.expect(3, 0);
     load.drain(&[&data]);
     load.data_guest = MORE_GUEST;
     load.run(&more, 50);
     load.drain(&[&more]);
     drop(front);
-    host.watch.expect(3, 3);
-    host.end();
+    rig.watch.expect(3, 3);
+    rig.end();
 }
 
 #[test]
 fn a_table_that_is_described_again_is_not_mapped_again() {
-    let host = Host::start(false);
-    let (mut front, mut load, data) = host.running();
+    let rig = Rig::start(false);
+    let (mut front, mut load, data) = rig.running();
     load.submit(&data);
     front.set_memory(&[&load.memory, &data]);
-    assert_eq!(host.watch.counts(), (2, 0));
+    assert_eq!(rig.watch.counts(), (2, 0));
     load.run(&data, 50);
     load.drain(&[&data]);
     // The same addresses in another file are another memory.
     let other = Memory::new(DATA_GUEST, DATA_LEN);
     front.set_memory(&[&load.memory, &other]);
-    host.watch.expect(3, 1);
+    rig.watch.expect(3, 1);
     load.run(&other, 50);
     load.drain(&[&other]);
     // A guest that starts anew finds its memory mapped.
@@ -536,126 +445,126 @@ fn a_table_that_is_described_again_is_not_mapped_again() {
     front.start(&load.ring, base);
     load.run(&other, 50);
     load.drain(&[&other]);
-    host.watch.expect(3, 1);
+    rig.watch.expect(3, 1);
     drop(front);
-    host.watch.expect(3, 3);
-    host.end();
+    rig.watch.expect(3, 3);
+    rig.end();
 }
 
 #[test]
 fn a_front_end_whose_memory_cannot_be_mapped_is_sent_away() {
-    let host = Host::start(false);
-    host.watch.set(Mood::Refuses);
-    let (mut front, load, data) = host.prepared();
+    let rig = Rig::start(false);
+    rig.watch.set(Mood::Refuses);
+    let (mut front, load, data) = rig.prepared();
     front.start_blindly(&load.ring, 0);
     assert!(front.is_sent_away(WAIT_MAX), "there is no message to refuse");
-    host.expect_views(&[]);
-    assert_eq!(host.watch.counts(), (0, 0));
-    host.watch.set(Mood::Takes);
+    rig.expect_views(&[]);
+    assert_eq!(rig.watch.counts(), (0, 0));
+    rig.watch.set(Mood::Takes);
     drop((front, load, data));
-    let (front, mut load, data) = host.running();
+    let (front, mut load, data) = rig.running();
     load.drain(&[&data]);
     drop(front);
-    host.watch.expect(2, 2);
-    host.end();
+    rig.watch.expect(2, 2);
+    rig.end();
 }
 
 #[test]
 fn a_session_that_ends_while_its_memory_is_mapped_leaves_nothing_behind() {
-    let host = Host::start(false);
-    host.watch.set(Mood::Waits);
-    let (mut front, load, _data) = host.prepared();
+    let rig = Rig::start(false);
+    rig.watch.set(Mood::Waits);
+    let (mut front, load, _data) = rig.prepared();
     front.start(&load.ring, 0);
-    host.watch.asked(1);
+    rig.watch.asked(1);
     drop(front);
     // The next one waits until that is over.
-    let (mut second, mut load, data) = host.prepared();
+    let (mut second, mut load, data) = rig.prepared();
     second.start(&load.ring, 0);
     std::thread::sleep(MOMENT);
-    assert_eq!(host.watch.book.lock().unwrap().asked_count, 1);
-    host.watch.set(Mood::Takes);
+    assert_eq!(rig.watch.book.lock().unwrap().asked_count, 1);
+    rig.watch.set(Mood::Takes);
     load.run(&data, 50);
     load.drain(&[&data]);
     // Of the first one's two regions the second was not begun any more.
-    host.watch.expect(3, 1);
+    rig.watch.expect(3, 1);
     // The same in the middle of a message.
     let more = Memory::new(MORE_GUEST, DATA_LEN);
-    host.watch.set(Mood::Waits);
+    rig.watch.set(Mood::Waits);
     second.send_add_memory(&more);
-    host.watch.asked(4);
+    rig.watch.asked(4);
     drop(second);
     std::thread::sleep(MOMENT);
-    host.watch.set(Mood::Takes);
-    host.watch.expect(4, 4);
-    host.expect_views(&[]);
-    host.end();
+    rig.watch.set(Mood::Takes);
+    rig.watch.expect(4, 4);
+    rig.expect_views(&[]);
+    rig.end();
 }
 
 #[test]
 fn one_front_end_at_a_time_has_its_memory_pinned() {
-    let host = Host::start(false);
-    let (mut first, mut load, data) = host.running();
-    let (mut second, mut load2, data2) = host.prepared_at(1);
+    let rig = Rig::start(false);
+    let (mut first, mut load, data) = rig.running();
+    let (mut second, mut load2, data2) = rig.prepared_at(1);
     second.start(&load2.ring, 0);
     load.run(&data, 50);
-    host.expect_views(&[(true, PinView::On), (false, PinView::Pinning)]);
-    host.watch.expect(2, 0);
+    rig.expect_views(&[(true, PinView::On), (false, PinView::Pinning)]);
+    rig.watch.expect(2, 0);
     // The first one's guest stops its driver: its memory goes before the second one's comes.
     load.drain(&[&data]);
-    host.watch.let_unmaps_wait(true);
+    rig.watch.let_unmaps_wait(true);
     let base = first.stop(&load.ring);
     std::thread::sleep(MOMENT);
-    assert_eq!(host.watch.counts(), (2, 0));
-    host.watch.let_unmaps_wait(false);
+    assert_eq!(rig.watch.counts(), (2, 0));
+    rig.watch.let_unmaps_wait(false);
     load2.run(&data2, 50);
-    host.watch.expect(4, 2);
-    host.expect_views(&[(false, PinView::Pinning), (true, PinView::On)]);
+    rig.watch.expect(4, 2);
+    rig.expect_views(&[(false, PinView::Pinning), (true, PinView::On)]);
     // And back, when the second one leaves.
     first.start(&load.ring, base);
     load2.drain(&[&data2]);
     drop(second);
     load.run(&data, 50);
     load.drain(&[&data]);
-    host.watch.expect(6, 4);
+    rig.watch.expect(6, 4);
     drop(first);
-    host.watch.expect(6, 6);
-    host.end();
+    rig.watch.expect(6, 6);
+    rig.end();
 }
 
 #[test]
 fn a_ring_that_is_stopped_before_its_memory_is_mapped_never_runs() {
-    let host = Host::start(false);
-    host.watch.set(Mood::Waits);
-    let (mut front, mut load, data) = host.prepared();
+    let rig = Rig::start(false);
+    rig.watch.set(Mood::Waits);
+    let (mut front, mut load, data) = rig.prepared();
     front.start(&load.ring, 0);
-    host.watch.asked(1);
+    rig.watch.asked(1);
     load.submit(&data);
     assert_eq!(front.stop(&load.ring), 0, "answered at once, where it would have begun");
-    host.watch.set(Mood::Takes);
-    host.watch.expect(2, 0);
+    rig.watch.set(Mood::Takes);
+    rig.watch.expect(2, 0);
     std::thread::sleep(MOMENT);
     assert_eq!(load.poll(&[&data]), 0);
     front.start(&load.ring, 0);
     load.run(&data, 50);
     load.drain(&[&data]);
     drop(front);
-    host.watch.expect(2, 2);
-    host.end();
+    rig.watch.expect(2, 2);
+    rig.end();
 }
 
 #[test]
 fn memory_that_is_added_while_the_rest_is_mapped_is_mapped_after_it() {
-    let host = Host::start(false);
-    host.watch.set(Mood::Waits);
-    let (mut front, mut load, data) = host.prepared();
+    let rig = Rig::start(false);
+    rig.watch.set(Mood::Waits);
+    let (mut front, mut load, data) = rig.prepared();
     front.start(&load.ring, 0);
-    host.watch.asked(1);
+    rig.watch.asked(1);
     let (more, other) = (Memory::new(MORE_GUEST, DATA_LEN), Memory::new(0xc000_0000, DATA_LEN));
     front.send_add_memory(&more);
     std::thread::sleep(MOMENT);
-    host.watch.set(Mood::Takes);
+    rig.watch.set(Mood::Takes);
     front.added();
-    assert_eq!(host.watch.counts(), (3, 0), "each once");
+    assert_eq!(rig.watch.counts(), (3, 0), "each once");
     front.add_memory(&other);
     load.run(&data, 50);
     load.drain(&[&data]);
@@ -663,58 +572,58 @@ fn memory_that_is_added_while_the_rest_is_mapped_is_mapped_after_it() {
     load.run(&more, 50);
     load.drain(&[&more]);
     drop(front);
-    host.watch.expect(4, 4);
-    host.end();
+    rig.watch.expect(4, 4);
+    rig.end();
 }
 
 #[test]
 fn a_bdev_that_goes_leaves_no_memory_mapped() {
-    let host = Host::start(false);
-    let (mut front, mut load, data) = host.running();
+    let rig = Rig::start(false);
+    let (mut front, mut load, data) = rig.running();
     load.tolerates_errors = true;
     load.submit(&data);
-    host.order(Order::RemoveBdev);
-    host.watch.expect(2, 2);
+    rig.remove_bdev();
+    rig.watch.expect(2, 2);
     load.run(&data, 50);
     assert!(load.failed_count > 0);
     // Its memory may still change.
     let more = Memory::new(MORE_GUEST, DATA_LEN);
     front.add_memory(&more);
     load.run(&data, 50);
-    assert_eq!(host.watch.counts(), (2, 2));
-    host.expect_views(&[(true, PinView::Off)]);
+    assert_eq!(rig.watch.counts(), (2, 2));
+    rig.expect_views(&[(true, PinView::Off)]);
     drop(front);
-    host.end();
+    rig.end();
 }
 
 #[test]
 fn a_bdev_that_goes_while_memory_is_mapped_lets_rings_answer() {
-    let host = Host::start(false);
-    host.watch.set(Mood::Waits);
-    let (mut front, mut load, data) = host.prepared();
+    let rig = Rig::start(false);
+    rig.watch.set(Mood::Waits);
+    let (mut front, mut load, data) = rig.prepared();
     load.tolerates_errors = true;
     front.start(&load.ring, 0);
-    host.watch.asked(1);
-    host.order(Order::RemoveBdev);
+    rig.watch.asked(1);
+    rig.remove_bdev();
     std::thread::sleep(MOMENT);
-    host.watch.set(Mood::Refuses);
+    rig.watch.set(Mood::Refuses);
     load.run(&data, 50);
     assert_eq!(load.failed_count, load.completed_count);
     load.drain(&[&data]);
     drop(front);
-    host.end();
+    rig.end();
 }
 
 #[test]
 fn what_a_front_end_says_while_the_bdev_goes_keeps_nothing_mapped() {
-    let host = Host::start(false);
-    let (mut front, mut load, data) = host.running();
+    let rig = Rig::start(false);
+    let (mut front, mut load, data) = rig.running();
     load.tolerates_errors = true;
     load.drain(&[&data]);
-    host.watch.holds.store(true, Ordering::Relaxed);
+    rig.watch.holds.store(true, Ordering::Relaxed);
     load.submit(&data);
-    assert!(wait_for(|| host.watch.out_count() > 0));
-    host.order(Order::RemoveBdev);
+    assert!(wait_for(|| rig.watch.out_count() > 0));
+    rig.remove_bdev();
     std::thread::sleep(MOMENT);
     // Both come while rings are still letting go of the bdev: another ring, and more memory.
     let second = Load::new(Memory::new(0, RINGS_BYTES), 1, SLOTS, DATA_GUEST);
@@ -722,37 +631,37 @@ fn what_a_front_end_says_while_the_bdev_goes_keeps_nothing_mapped() {
     let more = Memory::new(MORE_GUEST, DATA_LEN);
     front.send_add_memory(&more);
     std::thread::sleep(MOMENT);
-    assert_eq!(host.watch.counts(), (2, 0), "requests are out");
-    host.watch.holds.store(false, Ordering::Relaxed);
+    assert_eq!(rig.watch.counts(), (2, 0), "requests are out");
+    rig.watch.holds.store(false, Ordering::Relaxed);
     front.added();
-    host.watch.expect(2, 2);
+    rig.watch.expect(2, 2);
     load.run(&data, 50);
-    host.expect_views(&[(true, PinView::Off)]);
-    host.watch.expect(2, 2);
+    rig.expect_views(&[(true, PinView::Off)]);
+    rig.watch.expect(2, 2);
     drop(front);
-    host.end();
+    rig.end();
 }
 
 #[test]
 fn a_bdev_that_goes_while_memory_is_added_ends_that_without_a_refusal() {
     for mood in [Mood::Refuses, Mood::Takes] {
-        let host = Host::start(false);
-        let (mut front, mut load, data) = host.running();
+        let rig = Rig::start(false);
+        let (mut front, mut load, data) = rig.running();
         load.tolerates_errors = true;
         load.submit(&data);
-        host.watch.set(Mood::Waits);
+        rig.watch.set(Mood::Waits);
         let more = Memory::new(MORE_GUEST, DATA_LEN);
         front.send_add_memory(&more);
-        host.watch.asked(3);
-        host.order(Order::RemoveBdev);
+        rig.watch.asked(3);
+        rig.remove_bdev();
         std::thread::sleep(MOMENT);
-        host.watch.set(mood);
+        rig.watch.set(mood);
         front.added();
         let maps = if mood == Mood::Takes { 3 } else { 2 };
-        host.watch.expect(maps, maps);
+        rig.watch.expect(maps, maps);
         load.run(&data, 50);
-        host.expect_views(&[(true, PinView::Off)]);
+        rig.expect_views(&[(true, PinView::Off)]);
         drop(front);
-        host.end();
+        rig.end();
     }
 }

@@ -7,6 +7,8 @@
 mod daemon;
 #[path = "support/frontend.rs"]
 mod frontend;
+#[path = "support/host.rs"]
+mod host;
 #[path = "support/media.rs"]
 mod media;
 #[path = "support/model.rs"]
@@ -16,22 +18,18 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use daemon::{Daemon, WAIT_MAX, wait_for};
 use frontend::{F_FLUSH, FrontEnd, Load, Memory, P_CONFIG, P_MEM_SLOTS, P_MQ, P_REPLY_ACK};
+use host::Host;
 use media::{MIB, set_len, skip};
 use model::{Exercise, Op, connect, seed};
-use ringmill_core::bdev::{Bdev, BdevError, BdevInfo, ChannelSeed, Registry};
-use ringmill_core::reactor::{self, IdlePolicy, ReactorConfig, ReactorHandle};
+use ringmill_core::bdev::{Bdev, BdevError, BdevInfo, ChannelSeed};
+use ringmill_core::reactor::{self, ReactorHandle};
 use ringmill_drivers::malloc::{MallocBdev, MallocOptions};
-use ringmill_vmm_glue::blk::{
-    Controller, ControllerError, ControllerSpec, ControllerState, SourceToken, event_queue,
-};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use ringmill_vmm_glue::blk::{ControllerError, ControllerState};
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
 const SLOT_BYTES: usize = 64 << 10;
 const MOVES: u32 = 1000;
@@ -282,109 +280,60 @@ impl Bdev for Moody {
     }
 }
 
-type Order = (Vec<ReactorHandle>, Option<u16>, mpsc::Sender<Result<(), String>>);
+type Moved = mpsc::Sender<Result<(), String>>;
 
-/// A controller and a thread that plays its control thread.
-struct Host {
-    dir: TempDir,
-    reactors: [ReactorHandle; 2],
+/// A controller over a moody disk, of which queues are moved between two reactors.
+struct Mover {
+    host: Host,
     refusals: Arc<AtomicU32>,
-    orders: mpsc::Sender<Order>,
     /// Where the queues are, by the last look.
     cores: Arc<Mutex<Vec<usize>>>,
-    /// The longest time that the control thread was away.
-    longest: Arc<Mutex<Duration>>,
-    thread: Option<JoinHandle<()>>,
+    /// Who waits for which move.
+    waiting: Arc<Mutex<Vec<(u64, Moved)>>>,
+    next_ticket: AtomicU64,
 }
 
-impl Host {
-    fn start(queues_max: u16) -> Host {
-        let config = ReactorConfig {
-            core: None,
-            idle: IdlePolicy::Adaptive { spin_ns: 50_000 },
-            io_wq_cpus: Vec::new(),
-        };
-        let reactors = [(); 2].map(|()| reactor::spawn(&config).expect("a reactor"));
+impl Mover {
+    fn start(queues_max: u16) -> Mover {
         let options = MallocOptions { blocks_count: 16384, block_bytes: 512, uuid: None };
         let ram = MallocBdev::new("moody", &options).expect("memory");
         let refusals = Arc::new(AtomicU32::new(0));
-        let registry = Arc::new(Registry::new());
-        let moody: Arc<dyn Bdev> = Arc::new(Moody { ram, refusals: Arc::clone(&refusals) });
-        registry.add(moody).expect("a free name");
-        let dir = TempDir::new().expect("a directory");
-        let spec = ControllerSpec {
-            name: "disk".to_owned(),
-            bdev: "moody".to_owned(),
-            socket: dir.path().join("disk"),
-            socket_mode: 0o600,
-            socket_group: None,
-            read_only: false,
-            serial: None,
-            queues_max,
-            pin: false,
-        };
-        let (orders, inbox) = mpsc::channel::<Order>();
-        let (cores, longest) =
-            (Arc::<Mutex<Vec<usize>>>::default(), Arc::<Mutex<Duration>>::default());
-        let (shown, slowest, served) = (Arc::clone(&cores), Arc::clone(&longest), reactors.clone());
-        let (ready, is_ready) = mpsc::channel();
-        let thread = std::thread::spawn(move || {
-            let (sender, events) = event_queue().expect("an eventfd");
-            let first = vec![served[0].clone()];
-            let mut controller =
-                Controller::new(1, spec, &registry, first, &sender).expect("a controller");
-            ready.send(()).expect("the test waits");
-            let (mut answers, mut next_ticket) = (Vec::new(), 1);
-            let mut next_look = Instant::now();
-            while controller.state() != ControllerState::Deleted {
-                let began = Instant::now();
-                loop {
-                    match inbox.try_recv() {
-                        Ok((to, queue, answer)) => {
-                            next_ticket += 1;
-                            match controller.place(next_ticket, to, queue) {
-                                Ok(()) => answers.push((next_ticket, answer)),
-                                Err(error) => drop(answer.send(Err(error.to_string()))),
-                            }
-                        }
-                        Err(mpsc::TryRecvError::Empty) => break,
-                        Err(mpsc::TryRecvError::Disconnected) => {
-                            controller.begin_delete();
-                            let refused = controller.place(0, vec![served[0].clone()], None);
-                            let gone = controller.state() == ControllerState::Deleted;
-                            assert!(gone || matches!(refused, Err(ControllerError::Leaving(_))));
-                            break;
-                        }
-                    }
-                }
-                while let Some(event) = events.next() {
-                    controller.on_event(event);
-                }
-                if Instant::now() >= next_look {
-                    next_look = Instant::now() + Duration::from_millis(100);
-                    controller.check_ages();
-                }
-                for (ticket, result) in controller.take_moved() {
-                    let at = answers.iter().position(|(t, _)| *t == ticket).expect("asked once");
-                    let _ = answers.remove(at).1.send(result);
-                }
-                *shown.lock().unwrap() = (0..served.len())
-                    .flat_map(|at| served[at].pollers().iter().map(|_| at).collect::<Vec<_>>())
-                    .collect();
-                let mut longest = slowest.lock().unwrap();
-                *longest = longest.max(began.elapsed());
-                drop(longest);
-                serve(&mut controller);
+        let moody = Arc::new(Moody { ram, refusals: Arc::clone(&refusals) });
+        let cores = Arc::<Mutex<Vec<usize>>>::default();
+        let waiting = Arc::<Mutex<Vec<(u64, Moved)>>>::default();
+        let (shown, answers) = (Arc::clone(&cores), Arc::clone(&waiting));
+        let mut next_look = Instant::now();
+        let host = Host::start(moody, 2, (queues_max, false), move |controller, reactors| {
+            if Instant::now() >= next_look {
+                next_look = Instant::now() + Duration::from_millis(100);
+                controller.check_ages();
             }
+            for (ticket, result) in controller.take_moved() {
+                let mut answers = answers.lock().unwrap();
+                let at = answers.iter().position(|(t, _)| *t == ticket).expect("asked once");
+                let _ = answers.remove(at).1.send(result);
+            }
+            *shown.lock().unwrap() = (0..reactors.len())
+                .flat_map(|at| reactors[at].pollers().iter().map(|_| at).collect::<Vec<_>>())
+                .collect();
         });
-        is_ready.recv().expect("a controller");
-        Host { dir, reactors, refusals, orders, cores, longest, thread: Some(thread) }
+        Mover { host, refusals, cores, waiting, next_ticket: AtomicU64::new(1) }
+    }
+
+    /// Begins a move; its result comes later.
+    fn begin(&self, reactor: usize, queue: Option<u16>) -> mpsc::Receiver<Result<(), String>> {
+        let (answer, answered) = mpsc::channel();
+        let (to, waiting) = (vec![self.host.reactors[reactor].clone()], Arc::clone(&self.waiting));
+        let ticket = self.next_ticket.fetch_add(1, Ordering::Relaxed);
+        self.host.order(move |controller, _| match controller.place(ticket, to, queue) {
+            Ok(()) => waiting.lock().unwrap().push((ticket, answer)),
+            Err(error) => drop(answer.send(Err(error.to_string()))),
+        });
+        answered
     }
 
     fn place(&self, reactor: usize, queue: Option<u16>) -> Result<(), String> {
-        let (answer, answered) = mpsc::channel();
-        self.orders.send((vec![self.reactors[reactor].clone()], queue, answer)).expect("a host");
-        answered.recv_timeout(WAIT_MAX).expect("an answer")
+        self.begin(reactor, queue).recv_timeout(WAIT_MAX).expect("an answer")
     }
 
     fn cores(&self) -> Vec<usize> {
@@ -392,117 +341,91 @@ impl Host {
     }
 
     fn client(&self, queues: usize) -> Exercise {
-        let mut exercise =
-            Exercise::new(connect(&self.dir.path().join("disk"), queues, 8, SLOT_BYTES), 8, 3);
+        let mut exercise = Exercise::new(connect(&self.host.socket(), queues, 8, SLOT_BYTES), 8, 3);
         let sectors = exercise.sectors_count();
         exercise.one(Op::WriteZeroes(false), 0, sectors);
         exercise
     }
 }
 
-/// Waits for the controller's descriptors, a moment at most, and hands on what they say.
-fn serve(controller: &mut Controller) {
-    let sources: Vec<_> = controller.sources().collect();
-    let mut fds: Vec<PollFd<'_>> = sources
-        .iter()
-        .map(|source| {
-            let mut flags = PollFlags::empty();
-            flags.set(PollFlags::IN, source.readable);
-            flags.set(PollFlags::OUT, source.writable);
-            PollFd::from_borrowed_fd(source.fd, flags)
-        })
-        .collect();
-    poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 1_000_000 })).expect("a poll");
-    let ready: Vec<(SourceToken, PollFlags)> =
-        sources.iter().zip(&fds).map(|(s, fd)| (s.token, fd.revents())).collect();
-    drop(fds);
-    drop(sources);
-    for (token, flags) in ready.into_iter().filter(|(_, flags)| !flags.is_empty()) {
-        let hung_up = flags.intersects(PollFlags::HUP | PollFlags::ERR);
-        let (readable, writable) = (flags.contains(PollFlags::IN), flags.contains(PollFlags::OUT));
-        controller.on_ready(token, readable, writable, hung_up);
-    }
-}
-
-impl Drop for Host {
+impl Drop for Mover {
     fn drop(&mut self) {
-        let (orders, _) = mpsc::channel();
-        self.orders = orders;
-        let ended = self.thread.take().map(JoinHandle::join);
-        self.reactors.iter().for_each(ReactorHandle::stop);
-        assert!(std::thread::panicking() || ended.is_some_and(|e| e.is_ok()), "the host failed");
+        // One that is leaving is not moved any more.
+        let to = vec![self.host.reactors[0].clone()];
+        self.host.order(move |controller, _| {
+            controller.begin_delete();
+            let refused = controller.place(0, to, None);
+            let gone = controller.state() == ControllerState::Deleted;
+            assert!(gone || matches!(refused, Err(ControllerError::Leaving(_))));
+        });
     }
 }
 
 #[test]
 fn a_reactor_that_cannot_serve_a_queue_gives_it_back() {
-    let host = Host::start(2);
-    let mut exercise = host.client(2);
-    assert_eq!(host.cores(), [0, 0]);
-    host.refusals.store(1, Ordering::Relaxed);
-    let problem = host.place(1, None).expect_err("one queue was refused");
+    let mover = Mover::start(2);
+    let mut exercise = mover.client(2);
+    assert_eq!(mover.cores(), [0, 0]);
+    mover.refusals.store(1, Ordering::Relaxed);
+    let problem = mover.place(1, None).expect_err("one queue was refused");
     assert!(problem.contains("stays on") && problem.contains("not today"), "{problem}");
-    assert!(wait_for(WAIT_MAX, || host.cores() == [0, 1]), "{:?}", host.cores());
+    assert!(wait_for(WAIT_MAX, || mover.cores() == [0, 1]), "{:?}", mover.cores());
     exercise.random_rounds(500, 4096, 64);
     exercise.verify();
     // Asked again, it goes.
-    assert_eq!(host.place(1, None), Ok(()));
-    assert!(wait_for(WAIT_MAX, || host.cores() == [1, 1]));
+    assert_eq!(mover.place(1, None), Ok(()));
+    assert!(wait_for(WAIT_MAX, || mover.cores() == [1, 1]));
     exercise.random_rounds(500, 4096, 64);
     exercise.verify();
     // Refused by both: the queue is there and says so in every answer, loudly.
-    host.refusals.store(2, Ordering::Relaxed);
-    assert!(host.place(0, Some(0)).is_err());
-    assert!(wait_for(WAIT_MAX, || host.cores() == [1, 1]));
+    mover.refusals.store(2, Ordering::Relaxed);
+    assert!(mover.place(0, Some(0)).is_err());
+    assert!(wait_for(WAIT_MAX, || mover.cores() == [1, 1]));
     assert!(!exercise.succeeds(Op::Read, 0, 1), "queue 0 has no way to the disk");
-    assert_eq!(host.place(0, Some(0)), Ok(()));
+    assert_eq!(mover.place(0, Some(0)), Ok(()));
     assert!(exercise.succeeds(Op::Read, 0, 1), "the next move gave it one");
     exercise.verify();
-    let (code, last) = (host.place(0, Some(2)).expect_err("no such queue"), "0 to 1");
+    let (code, last) = (mover.place(0, Some(2)).expect_err("no such queue"), "0 to 1");
     assert!(code.contains(last), "{code}");
 }
 
 #[test]
 fn a_reactor_that_does_not_answer_loses_the_queue_again() {
-    let host = Host::start(1);
-    let mut exercise = host.client(1);
+    let mover = Mover::start(1);
+    let mut exercise = mover.client(1);
     // Busy with something else for longer than the control thread's patience.
     let busy = |reactor: &mut reactor::Reactor| {
         let _ = reactor;
         std::thread::sleep(Duration::from_secs(5));
     };
-    assert!(host.reactors[1].send(Box::new(busy)).is_ok());
+    assert!(mover.host.reactors[1].send(Box::new(busy)).is_ok());
     let asked = Instant::now();
-    let (answer, answered) = mpsc::channel();
-    host.orders.send((vec![host.reactors[1].clone()], None, answer)).expect("a host");
+    let answered = mover.begin(1, None);
     // Meanwhile the guest waits, and so do the control thread's other operations: the call descriptor is replaced, say.
     let problem = answered.recv_timeout(WAIT_MAX).expect("an answer").expect_err("no answer");
     assert!(problem.contains("does not answer"), "{problem}");
     assert!(asked.elapsed() < Duration::from_millis(4500), "{:?}", asked.elapsed());
     exercise.random_rounds(500, 4096, 64);
     exercise.verify();
-    assert_eq!(host.cores(), [0]);
+    assert_eq!(mover.cores(), [0]);
     // The late reactor finds nothing of it.
     assert!(wait_for(WAIT_MAX, || asked.elapsed() > Duration::from_secs(6)));
-    assert_eq!(host.cores(), [0]);
+    assert_eq!(mover.cores(), [0]);
     assert!(exercise.succeeds(Op::Read, 0, 1));
-    assert_eq!(host.place(1, None), Ok(()));
+    assert_eq!(mover.place(1, None), Ok(()));
     exercise.random_rounds(500, 4096, 64);
     exercise.verify();
-    let longest = *host.longest.lock().unwrap();
+    let longest = mover.host.longest();
     assert!(longest < Duration::from_secs(1), "the control thread was away for {longest:?}");
 }
 
 #[test]
 fn moves_wait_in_line_and_end_with_their_client() {
-    let host = Host::start(2);
-    let mut exercise = host.client(2);
+    let mover = Mover::start(2);
+    let mut exercise = mover.client(2);
     let mut answers = Vec::new();
     for turn in 0..200 {
-        let (answer, answered) = mpsc::channel();
-        let to = vec![host.reactors[turn % 2].clone()];
-        host.orders.send((to, None, answer)).expect("a host");
-        answers.push(answered);
+        answers.push(mover.begin(turn % 2, None));
         if turn % 10 == 0 {
             exercise.random_rounds(16, 4096, 64);
         }
@@ -512,8 +435,8 @@ fn moves_wait_in_line_and_end_with_their_client() {
     for answered in answers {
         assert_eq!(answered.recv_timeout(WAIT_MAX).expect("every move ends"), Ok(()));
     }
-    let mut exercise = host.client(2);
-    assert!(wait_for(WAIT_MAX, || host.cores() == [1, 1]), "{:?}", host.cores());
+    let mut exercise = mover.client(2);
+    assert!(wait_for(WAIT_MAX, || mover.cores() == [1, 1]), "{:?}", mover.cores());
     exercise.random_rounds(200, 4096, 64);
     exercise.verify();
 }

@@ -21,7 +21,7 @@ const DATA_GUEST: u64 = 0x4000_0000;
 const DATA2_GUEST: u64 = 0x8000_0000;
 const SLOTS: u16 = 64;
 const ALL: u64 = P_MQ | P_REPLY_ACK | P_CONFIG | P_MEM_SLOTS | P_RESET_DEVICE;
-const RINGS_BYTES: u64 = 4 * 0x1_0000;
+const RINGS_BYTES: u64 = 4 * RING_BYTES;
 const DATA_LEN: u64 = SLOTS as u64 * DATA_BYTES;
 
 fn disk(daemon: &Daemon, name: &str, pin: &str) -> PathBuf {
@@ -41,12 +41,7 @@ fn running(daemon: &Daemon, name: &str) -> (FrontEnd, Load, Memory) {
 }
 
 fn running_with(daemon: &Daemon, name: &str, data: Memory) -> (FrontEnd, Load, Memory) {
-    let mut front = FrontEnd::connect(&daemon.socket(name), F_FLUSH, ALL);
-    let rings = Memory::new(0, RINGS_BYTES);
-    front.add_memory(&rings);
-    front.add_memory(&data);
-    let load = Load::new(rings, 0, SLOTS, DATA_GUEST);
-    front.start(&load.ring, 0);
+    let (front, load) = running_in(&daemon.socket(name), ALL, SLOTS, &data);
     (front, load, data)
 }
 

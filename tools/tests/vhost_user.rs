@@ -31,22 +31,16 @@ fn file_disk(daemon: &Daemon, name: &str) -> PathBuf {
 }
 
 fn rings() -> Memory {
-    Memory::new(RINGS_GUEST, 4 * 0x1_0000)
+    Memory::new(RINGS_GUEST, 4 * RING_BYTES)
 }
 
 fn data(guest: u64) -> Memory {
     Memory::new(guest, u64::from(SLOTS) * DATA_BYTES)
 }
 
-/// A front-end with its memory added region by region and one running ring.
+/// A front-end with one running ring.
 fn running(daemon: &Daemon, disk: &str) -> (FrontEnd, Load, Memory) {
-    let mut front = FrontEnd::connect(&daemon.socket(disk), F_FLUSH, ALL);
-    let (rings, data) = (rings(), data(DATA_GUEST));
-    front.add_memory(&rings);
-    front.add_memory(&data);
-    let load = Load::new(rings, 0, SLOTS, DATA_GUEST);
-    front.start(&load.ring, 0);
-    (front, load, data)
+    frontend::running(&daemon.socket(disk), ALL, SLOTS, DATA_GUEST)
 }
 
 fn sessions_count(daemon: &Daemon, disk: &str) -> usize {
@@ -290,7 +284,8 @@ fn two_rings_of_one_front_end_stop_and_start_on_two_cores() {
     let daemon = Daemon::with(["-m", "3"]);
     file_disk(&daemon, "disk");
     let (mut front, mut first, data) = running(&daemon, "disk");
-    let (memory, second_data) = (Memory::new(0xc000_0000, 4 * 0x1_0000), crate::data(DATA2_GUEST));
+    let (memory, second_data) =
+        (Memory::new(0xc000_0000, 4 * RING_BYTES), crate::data(DATA2_GUEST));
     front.add_memory(&memory);
     front.add_memory(&second_data);
     let mut second = Load::new(memory, 1, SLOTS, DATA2_GUEST);

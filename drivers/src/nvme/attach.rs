@@ -21,7 +21,7 @@ use super::registers::WantedBack;
 use super::report::{ControllerInfo, ControllerState, Counters, Health};
 use super::thread::Keeper;
 use super::{Namespace, NvmeControl, NvmeError, NvmeEvents, NvmeOptions};
-use crate::pci::PciBacking;
+use crate::pci::{CancelToken, PciBacking};
 
 /// Queue pairs for threads that are no reactors, where there are no reactors.
 const LOOSE_PAIRS: u16 = 16;
@@ -41,11 +41,16 @@ pub(super) fn attach<B: PciBacking>(
     options: NvmeOptions,
     reactors: &[ReactorHandle],
     events: NvmeEvents,
+    token: &CancelToken,
 ) -> Result<Arc<dyn NvmeControl>, NvmeError> {
     options.check()?;
     let backing = Arc::new(backing);
-    match start(&backing, options, reactors, events) {
-        Ok(handle) => Ok(Arc::new(handle)),
+    match start(&backing, options, reactors, events, token) {
+        Ok(handle) if token.finish() => Ok(Arc::new(handle)),
+        Ok(handle) => {
+            handle.detach();
+            Err(NvmeError::Cancelled { device: backing.name().to_owned() })
+        }
         Err(error) => {
             backing.close();
             Err(error)
@@ -70,11 +75,12 @@ fn start<B: PciBacking>(
     options: NvmeOptions,
     reactors: &[ReactorHandle],
     events: NvmeEvents,
+    token: &CancelToken,
 ) -> Result<Handle<B>, NvmeError> {
     let wanted = pairs_wanted(&options, reactors.len());
     // Dropped after the controller, which cuts the device off.
     let (mut pairs, mut homes) = (Vec::new(), Vec::new());
-    let mut controller = Controller::open(Arc::clone(backing), &options, wanted)?;
+    let mut controller = Controller::open(Arc::clone(backing), &options, wanted, token)?;
     let granted = controller.ask_for_pairs(wanted)?;
     controller.set_up_shadow(granted)?;
     let io_error = |what: &str, source: rustix::io::Errno| crate::pci::PciError::Io {

@@ -18,9 +18,11 @@ use super::identify::{ControllerData, SetLimits};
 use super::parts::QueueMemory;
 use super::queues::Shadow;
 use super::quirks::{INIT_DELAY, Quirks, READY_DELAY};
-use super::registers::{Bar, Capabilities, doorbell_offset, enabled_configuration};
+use super::registers::{
+    Bar, Capabilities, Wanted, WantedBack, doorbell_offset, enabled_configuration,
+};
 use super::{NvmeError, NvmeOptions};
-use crate::pci::{PciBacking, Registers};
+use crate::pci::{CancelToken, PciBacking, Registers};
 
 /// What of the time for a shutdown is kept for the stop after it.
 const STOP_LEAST: Duration = Duration::from_millis(500);
@@ -71,6 +73,7 @@ impl<B: PciBacking> Controller<B> {
         backing: Arc<B>,
         options: &NvmeOptions,
         pairs_wanted: u16,
+        token: &CancelToken,
     ) -> Result<Controller<B>, NvmeError> {
         let mut ids = [0; 4];
         backing.config_read(0, &mut ids)?;
@@ -83,7 +86,14 @@ impl<B: PciBacking> Controller<B> {
         }
         // Nothing that firmware or an earlier driver set up may write into memory that is ours now.
         backing.set_bus_master(false)?;
-        let (bar, cap) = map_registers(&*backing, pairs_wanted)?;
+        let (mut bar, cap) = map_registers(&*backing, pairs_wanted)?;
+        let waits = token.clone();
+        // There is nothing yet that would need an orderly end.
+        let (for_command, for_others) = (Duration::ZERO, Duration::ZERO);
+        bar.wanted_back = Some(WantedBack(Arc::new(move || {
+            let since = Instant::now();
+            waits.ended().map(|_| Wanted { since, for_command, for_others })
+        })));
         let version = bar.version()?;
         let command_set = check(&bar, cap, version)?;
         let admin = AdminQueue::new(&backing.dma(), cap)?;
@@ -107,6 +117,7 @@ impl<B: PciBacking> Controller<B> {
         match controller.start() {
             Ok(()) => Ok(controller),
             Err(error) => {
+                controller.bar.wanted_back = None;
                 // The better error is the first.
                 let _ = controller.disable(STOP_AFTER_FAILURE);
                 Err(error)

@@ -48,6 +48,12 @@ pub enum NvmeError {
         /// The device.
         device: String,
     },
+    /// Attaching it was cancelled.
+    #[error("attaching {device} was cancelled")]
+    Cancelled {
+        /// The device.
+        device: String,
+    },
     /// It set its fatal status and says nothing more.
     #[error("{device} reports a fatal error (CSTS.CFS); reset it, or power it off and on")]
     Fatal {

@@ -47,7 +47,7 @@ use std::sync::Arc;
 use ringmill_core::bdev::Bdev;
 use ringmill_core::reactor::ReactorHandle;
 
-use crate::pci::PciBacking;
+use crate::pci::{CancelToken, PciBacking};
 
 pub use channel::NvmeChannel;
 pub use error::NvmeError;
@@ -133,5 +133,19 @@ pub fn attach<B: PciBacking>(
     reactors: &[ReactorHandle],
     events: NvmeEvents,
 ) -> Result<Arc<dyn NvmeControl>, NvmeError> {
-    attach::attach(backing, options, reactors, events)
+    attach_until(backing, options, reactors, events, &CancelToken::default())
+}
+
+/// The same as an attempt that may end early; it is finished when this returns a controller.
+///
+/// # Errors
+/// As for [`attach`].
+pub fn attach_until<B: PciBacking>(
+    backing: B,
+    options: NvmeOptions,
+    reactors: &[ReactorHandle],
+    events: NvmeEvents,
+    token: &CancelToken,
+) -> Result<Arc<dyn NvmeControl>, NvmeError> {
+    attach::attach(backing, options, reactors, events, token)
 }

@@ -1,4 +1,6 @@
 //! Where a PCI function is: domain, bus, device, function.
+//!
+//! **Invariant:** an address is made of numbers, so its text can be part of a path whatever a user wrote.
 
 use std::fmt;
 use std::str::FromStr;
@@ -18,9 +20,9 @@ pub struct PciAddress {
     pub function: u8,
 }
 
-/// What is no address.
+/// What is no address; the beginning of it.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
-#[error("{0:?} is no PCI address; write it like 0000:01:00.0 or 01:00.0")]
+#[error("{0:?} is not a PCI address; write it as 0000:01:00.0 (`ringmillctl pci list` shows them)")]
 pub struct PciAddressError(pub String);
 
 impl fmt::Display for PciAddress {
@@ -41,10 +43,11 @@ impl FromStr for PciAddress {
 fn parse(text: &str) -> Option<PciAddress> {
     let (place, function) = text.split_once('.')?;
     let mut parts = place.rsplit(':');
-    let device = hex(parts.next()?, 2, 2)?;
-    let bus = hex(parts.next()?, 2, 2)?;
-    let domain = parts.next().map_or(Some(0), |domain| hex(domain, 4, 8))?;
-    let function = hex(function, 1, 1)?;
+    let device = hex(parts.next()?, 2)?;
+    let bus = hex(parts.next()?, 2)?;
+    // Domains of VMD and of hypervisors have more than four digits.
+    let domain = parts.next().map_or(Some(0), |domain| hex(domain, 8))?;
+    let function = hex(function, 1)?;
     if parts.next().is_some() || device > 31 || function > 7 {
         return None;
     }
@@ -57,8 +60,8 @@ fn parse(text: &str) -> Option<PciAddress> {
 }
 
 /// Digits only: `from_str_radix` would take a sign.
-fn hex(digits: &str, len_min: usize, len_max: usize) -> Option<u32> {
-    let fits = (len_min..=len_max).contains(&digits.len());
+fn hex(digits: &str, len_max: usize) -> Option<u32> {
+    let fits = (1..=len_max).contains(&digits.len());
     let are_digits = digits.bytes().all(|byte| byte.is_ascii_hexdigit());
     (fits && are_digits).then(|| u32::from_str_radix(digits, 16).ok()).flatten()
 }
@@ -74,6 +77,8 @@ mod tests {
             ("01:00.0", "0000:01:00.0"),
             ("00:1F.7", "0000:00:1f.7"),
             ("10000:e1:00.0", "10000:e1:00.0"),
+            ("1:0.0", "0000:01:00.0"),
+            ("ffffffff:ff:1f.7", "ffffffff:ff:1f.7"),
         ] {
             assert_eq!(text.parse::<PciAddress>().unwrap().to_string(), shown);
         }
@@ -86,13 +91,17 @@ mod tests {
             ".",
             "01:00",
             "01:00.",
-            "1:0.0",
+            ":01:00.0",
+            ":00.0",
+            "01:00.0.0",
             "01:00.8",
             "01:20.0",
             "001:00.0",
-            "000:01:00.0",
+            "100:00.0",
             "0000:0000:01:00.0",
             "+1:00.0",
+            "01:+1.0",
+            "/dev/nvme0n1",
             "01:00.0 ",
             "../01:00.0",
             "0000:01:00.0/..",

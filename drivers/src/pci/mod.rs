@@ -5,6 +5,7 @@
 //! panics or blocks for longer than it says.
 
 mod address;
+mod cancel;
 mod signal;
 
 use std::fmt;
@@ -16,6 +17,7 @@ use ringmill_core::mem::DmaDomain;
 use thiserror::Error;
 
 pub use address::{PciAddress, PciAddressError};
+pub use cancel::{CancelToken, Ended};
 pub(crate) use signal::take_signal;
 
 /// Why a device cannot be used. Messages name the device and say what to do.

@@ -25,7 +25,7 @@ use super::Patience;
 use super::memory::DeviceMemory;
 use super::protocol::{Fields, Header, ProtocolError, command, flags};
 use super::wire::{Message, Outbox, Reader, SendError, WireError, ready};
-use crate::pci::PciError;
+use crate::pci::{CancelToken, Ended, PciError};
 
 /// Why a command has no answer.
 #[derive(Debug, Error)]
@@ -101,6 +101,8 @@ pub(super) struct Connection {
     /// What a server may take for an answer, and what for one about memory.
     patience: Duration,
     long_patience: Duration,
+    /// Of the attempt to bring the device up.
+    token: CancelToken,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -116,6 +118,7 @@ impl Connection {
         name: &str,
         socket: OwnedFd,
         patience: Patience,
+        token: &CancelToken,
     ) -> io::Result<Arc<Connection>> {
         let connection = Arc::new(Connection {
             name: name.to_owned(),
@@ -128,6 +131,7 @@ impl Connection {
             memory: DeviceMemory::default(),
             patience: patience.answer,
             long_patience: patience.memory,
+            token: token.clone(),
         });
         let reader = Arc::clone(&connection);
         std::thread::Builder::new()
@@ -245,6 +249,7 @@ impl Connection {
         fds: &[BorrowedFd<'_>],
         deadline: impl Fn(&Calls) -> Instant,
     ) -> Result<Message, CallError> {
+        self.check_token()?;
         let at_first = deadline(&lock(&self.calls));
         let id = self.ask(command, payload, fds, at_first)?;
         let mut calls = lock(&self.calls);
@@ -260,9 +265,15 @@ impl Connection {
                     *slot = Slot::Abandoned { command, late: true };
                     return Err(CallError::Late);
                 }
+                Some(slot) if self.token.ended().is_some() => {
+                    *slot = Slot::Abandoned { command, late: true };
+                    drop(calls);
+                    self.check_token()?;
+                    return Err(CallError::Gone);
+                }
                 _ => {}
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = self.token.slice(deadline.saturating_duration_since(Instant::now()));
             calls =
                 self.answered.wait_timeout(calls, left).unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -279,6 +290,16 @@ impl Connection {
         } else {
             io::Error::from_raw_os_error(errno)
         }))
+    }
+
+    /// Cuts the server off when nobody waits for the device any more.
+    fn check_token(&self) -> Result<(), CallError> {
+        match self.token.ended() {
+            None => return Ok(()),
+            Some(Ended::Late) => self.cut_off("attaching its device took too long"),
+            Some(Ended::Cancelled) => self.cut_off("attaching its device was cancelled"),
+        }
+        Err(CallError::Gone)
     }
 
     /// Asks; the answer is dropped when it comes.

@@ -44,7 +44,7 @@ use self::negotiation::Limits;
 use self::protocol::{ACCESS_BYTES, Fields, ProtocolError, command, device, irq, region};
 use self::registers::Mapped;
 pub use self::registers::UserRegisters;
-use crate::pci::{DeviceNews, PciBacking, PciError, take_signal};
+use crate::pci::{CancelToken, DeviceNews, PciBacking, PciError, take_signal};
 
 /// What SPDK calls the socket in the directory that it is given.
 const SOCKET_NAME: &str = "cntrl";
@@ -122,14 +122,27 @@ impl VfioUserBacking {
     /// # Errors
     /// No server there, one that breaks the protocol or does not answer, or no PCI device.
     pub fn connect(traddr: &Path) -> Result<VfioUserBacking, PciError> {
-        VfioUserBacking::connect_with(traddr, Patience::default())
+        VfioUserBacking::connect_until(traddr, &CancelToken::default())
+    }
+
+    /// The same as the beginning of an attempt that may end early: from then on until it is finished, a server that keeps
+    /// it going for too long is cut off.
+    ///
+    /// # Errors
+    /// As for [`VfioUserBacking::connect`].
+    pub fn connect_until(traddr: &Path, token: &CancelToken) -> Result<VfioUserBacking, PciError> {
+        VfioUserBacking::connect_with(traddr, Patience::default(), token)
     }
 
     /// The same with another patience.
     ///
     /// # Errors
     /// As for [`VfioUserBacking::connect`].
-    pub fn connect_with(traddr: &Path, patience: Patience) -> Result<VfioUserBacking, PciError> {
+    pub fn connect_with(
+        traddr: &Path,
+        patience: Patience,
+        token: &CancelToken,
+    ) -> Result<VfioUserBacking, PciError> {
         let name = traddr.display().to_string();
         let io_error = |what: &str, source: io::Error| PciError::Io {
             device: name.clone(),
@@ -141,7 +154,7 @@ impl VfioUserBacking {
         let socket = connect_socket(&path, Instant::now() + patience.answer).map_err(|source| {
             io_error("cannot connect to a vfio-user server; is one listening there?", source)
         })?;
-        let connection = Connection::start(&name, socket, patience)
+        let connection = Connection::start(&name, socket, patience, token)
             .map_err(|source| io_error("cannot start a thread for the connection", source))?;
         let opened = Self::open(&connection, patience);
         if opened.is_err() {

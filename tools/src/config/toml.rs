@@ -10,6 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use ringmill_drivers::pci::PciAddress;
 use serde_json::{Map, Value, json};
 use toml::de::{DeTable, DeValue};
 
@@ -19,7 +20,6 @@ use crate::rpc::{
     engine::{CacheMode, LogLevel, PinMode},
     nearest::hint,
     nvme,
-    pci_address::PciAddress,
 };
 
 type Spanned<T> = toml::Spanned<T>;
@@ -150,9 +150,9 @@ fn nvme(
         return Err(section.source.mistake(name_span, message));
     }
     let (trtype, traddr) = match (section.text("address")?, section.text("socket")?) {
-        (Some((address, span)), None) => match PciAddress::parse(address) {
-            Some(address) => ("PCIe", address.to_string()),
-            None => {
+        (Some((address, span)), None) => match address.parse::<PciAddress>() {
+            Ok(address) => ("PCIe", address.to_string()),
+            Err(_) => {
                 let message = format!(
                     "\"address\" = {} is not a PCI address; write it as \"0000:01:00.0\" (`ringmillctl pci list` shows them)",
                     json!(address)

@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use ringmill_drivers::pci::PciAddress;
 use serde_json::{Map, Value, json};
 
 use super::{Context, CtlError, items_of, number_of, plain_table, text_of};
 use crate::config::size;
 use crate::rpc::nvme::ACTIONS;
-use crate::rpc::pci_address::PciAddress;
 
 /// Bytes of a "data unit" in a controller's health log (NVM Express Base 2.0 §5.16.1.3).
 const DATA_UNIT_BYTES: u64 = 512_000;
@@ -119,11 +119,8 @@ fn attach(context: &mut Context<'_>, args: &AttachArgs) -> Result<(), CtlError> 
 /// Transport and address.
 fn place(args: &AttachArgs) -> Result<(&'static str, String), CtlError> {
     if let Some(text) = &args.pci {
-        let address = PciAddress::parse(text).ok_or_else(|| {
-            CtlError::Usage(format!(
-                "--pci: {text:?} is not a PCI address; write it as 0000:01:00.0 (`ringmillctl pci list` shows them)"
-            ))
-        })?;
+        let address: PciAddress =
+            text.parse().map_err(|error| CtlError::Usage(format!("--pci: {error}")))?;
         return Ok(("PCIe", address.to_string()));
     }
     let Some(socket) = &args.vfio_user else {

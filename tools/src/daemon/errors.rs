@@ -65,6 +65,7 @@ pub(super) fn nvme_error(error: &NvmeError) -> EngineError {
         NvmeError::Pci(PciError::Refused { .. }) | NvmeError::Refused { .. } => libc::EINVAL,
         NvmeError::Dma(_) | NvmeError::Memory(_) | NvmeError::Queue(_) => libc::ENOMEM,
         NvmeError::Bdev(error) => return bdev_error(error),
+        NvmeError::Cancelled { .. } => libc::ECANCELED,
         NvmeError::TooSlow { .. } => libc::ETIMEDOUT,
         NvmeError::Nonsense { .. } => libc::EPROTO,
         NvmeError::Fatal { .. } | NvmeError::Command { .. } => libc::EIO,

@@ -14,6 +14,7 @@ use ringmill_core::reactor::ReactorHandle;
 use ringmill_drivers::nvme::{
     Namespace, NvmeControl, NvmeError, NvmeEvent, NvmeEvents, NvmeOptions,
 };
+use ringmill_drivers::pci::CancelToken;
 
 use super::engine::{DaemonEngine, Disk};
 use super::errors::{bdev_error, failed, io_errno, nvme_error, registry_error};
@@ -36,6 +37,7 @@ pub(super) type Opener = Arc<
             NvmeOptions,
             &[ReactorHandle],
             NvmeEvents,
+            &CancelToken,
         ) -> Result<Arc<dyn NvmeControl>, NvmeError>
         + Send
         + Sync,
@@ -51,7 +53,7 @@ pub(super) struct NvmeDisk {
 }
 
 enum Stage {
-    Attaching(Token),
+    Attaching(Token, CancelToken),
     Attached(Arc<dyn NvmeControl>),
     /// Its bdevs are on their way out.
     Leaving {
@@ -84,12 +86,14 @@ impl Entry {
             Stage::Attached(control) | Stage::Leaving { control, .. } | Stage::Closing(control) => {
                 Some(control)
             }
-            Stage::Attaching(_) | Stage::Closed => None,
+            Stage::Attaching(..) | Stage::Closed => None,
         }
     }
 
     fn is_leaving(&self) -> bool {
-        matches!(self.stage, Stage::Leaving { .. } | Stage::Closing(_) | Stage::Closed)
+        // Also while it is being attached.
+        !self.detaches.is_empty()
+            || matches!(self.stage, Stage::Leaving { .. } | Stage::Closing(_) | Stage::Closed)
     }
 }
 
@@ -146,7 +150,7 @@ impl DaemonEngine {
             failed(libc::EBUSY, format!("NVMe controller \"{name}\" is {what}; try again later"))
         };
         match &entry.stage {
-            Stage::Attaching(_) => Err(busy("being attached")),
+            Stage::Attaching(..) => Err(busy("being attached")),
             Stage::Attached(control) => Ok(Arc::clone(control)),
             _ => Err(busy("being detached")),
         }
@@ -171,13 +175,16 @@ impl DaemonEngine {
     fn nvme_on_attached(&mut self, number: u64, result: Result<Arc<dyn NvmeControl>, NvmeError>) {
         let is_ending = self.nvme.shutdown_since.is_some();
         let Some(entry) = self.nvme_entry(number) else { return };
-        let Stage::Attaching(token) = entry.stage else { return };
+        let Stage::Attaching(token, _) = entry.stage else { return };
         let name = entry.spec.name.clone();
+        let is_unwanted = !entry.detaches.is_empty();
         let control = match result {
             Ok(control) => control,
             Err(error) => {
+                let detaches = std::mem::take(&mut entry.detaches);
                 self.nvme.entries.retain(|entry| entry.number != number);
                 self.finished.push((token, Err(nvme_error(&error))));
+                self.finished.extend(detaches.into_iter().map(|token| (token, Ok(Outcome::Done))));
                 return;
             }
         };
@@ -190,6 +197,9 @@ impl DaemonEngine {
             }
             None if is_ending => {
                 Err(failed(libc::ESHUTDOWN, "the daemon is being stopped".to_owned()))
+            }
+            None if is_unwanted => {
+                Err(failed(libc::ECANCELED, format!("attaching {name:?} was cancelled")))
             }
             None => self.nvme_sync(number),
         };
@@ -330,7 +340,7 @@ impl DaemonEngine {
         let Some(entry) = self.nvme_entry(number) else { return };
         let name = entry.spec.name.clone();
         match (event, &entry.stage) {
-            (NvmeEvent::Removed { reason }, Stage::Attaching(_)) => {
+            (NvmeEvent::Removed { reason }, Stage::Attaching(..)) => {
                 entry.lost = Some(reason.clone());
             }
             (NvmeEvent::Removed { reason }, Stage::Attached(_)) => {
@@ -424,6 +434,11 @@ impl DaemonEngine {
     /// At the end of the daemon: controllers go once no guest is there, or when guests have had their time.
     pub(super) fn nvme_shut_down(&mut self, now: Instant) {
         let since = *self.nvme.shutdown_since.get_or_insert(now);
+        for entry in &self.nvme.entries {
+            if let Stage::Attaching(_, attempt) = &entry.stage {
+                attempt.cancel();
+            }
+        }
         let left = SHUTDOWN_LEAVE_MAX.saturating_sub(now.saturating_duration_since(since));
         if !self.controllers.is_empty() && !left.is_zero() {
             return;
@@ -512,17 +527,18 @@ impl NvmeEngine for DaemonEngine {
         });
         let options = spec.options(&self.nvme.defaults);
         let (opener, reactors) = (Arc::clone(&self.nvme.opener), self.reactors.clone());
-        let wanted = spec.clone();
+        let (wanted, attempt) = (spec.clone(), super::nvme_open::attempt(spec.transport));
+        let given = attempt.clone();
         self.nvme_job(
             "nvme-attach",
-            move || opener(&wanted, options, &reactors, events),
+            move || opener(&wanted, options, &reactors, events, &given),
             move |engine, result| engine.nvme_on_attached(number, result),
         )?;
         self.nvme.next_number += 1;
         self.nvme.entries.push(Entry {
             number,
             spec,
-            stage: Stage::Attaching(token),
+            stage: Stage::Attaching(token, attempt),
             leaving: Vec::new(),
             detaches: Vec::new(),
             lost: None,
@@ -551,10 +567,10 @@ impl NvmeEngine for DaemonEngine {
     fn detach_nvme(&mut self, name: &str, token: Token) -> Started {
         let number = self.nvme_named(name)?.number;
         let Some(entry) = self.nvme_entry(number) else { return Err(missing(name)) };
-        match entry.stage {
-            Stage::Attaching(_) => {
-                let text = format!("NVMe controller {name:?} is being attached; try again later");
-                return Err(failed(libc::EBUSY, text));
+        match &entry.stage {
+            // Answered when the attempt has ended.
+            Stage::Attaching(_, attempt) => {
+                attempt.cancel();
             }
             // It has been let go of; only its name waits for a guest.
             Stage::Closed => return Ok(Progress::Done),

@@ -5,13 +5,27 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
+use ringmill_core::limits::VFIO_USER_ATTACH_MS;
 use ringmill_core::reactor::ReactorHandle;
-use ringmill_drivers::nvme::{NvmeControl, NvmeError, NvmeEvents, NvmeOptions, attach};
+use ringmill_drivers::nvme::{NvmeControl, NvmeError, NvmeEvents, NvmeOptions, attach_until};
+use ringmill_drivers::pci::{CancelToken, Ended};
 use ringmill_drivers::vfio::VfioDevice;
 use ringmill_drivers::vfio_user::VfioUserBacking;
 
 use crate::rpc::nvme::{NvmeSpec, NvmeTransport};
+
+const VFIO_USER_ATTACH: Duration = Duration::from_millis(VFIO_USER_ATTACH_MS);
+
+/// For an attempt that begins now. A PCI function's waits are bounded by what it is: the one that the driver has not to
+/// trust in is a process that plays for time.
+pub(super) fn attempt(transport: NvmeTransport) -> CancelToken {
+    CancelToken::new(match transport {
+        NvmeTransport::Pcie => None,
+        NvmeTransport::VfioUser => Some(VFIO_USER_ATTACH),
+    })
+}
 
 /// Opens the device and brings its controller up.
 pub(super) fn open(
@@ -19,12 +33,28 @@ pub(super) fn open(
     options: NvmeOptions,
     reactors: &[ReactorHandle],
     events: NvmeEvents,
+    token: &CancelToken,
 ) -> Result<Arc<dyn NvmeControl>, NvmeError> {
-    match spec.transport {
-        NvmeTransport::Pcie => attach(VfioDevice::open(&spec.address)?, options, reactors, events),
-        NvmeTransport::VfioUser => {
-            let backing = VfioUserBacking::connect(Path::new(&spec.address))?;
-            attach(backing, options, reactors, events)
+    let opened = match spec.transport {
+        NvmeTransport::Pcie => {
+            let device = VfioDevice::open(&spec.address).map_err(NvmeError::from);
+            device.and_then(|device| attach_until(device, options, reactors, events, token))
         }
-    }
+        NvmeTransport::VfioUser => {
+            let path = Path::new(&spec.address);
+            let backing = VfioUserBacking::connect_until(path, token).map_err(NvmeError::from);
+            backing.and_then(|backing| attach_until(backing, options, reactors, events, token))
+        }
+    };
+    // What it failed with is then only that it was cut off.
+    opened.map_err(|error| match token.ended() {
+        None => error,
+        Some(Ended::Cancelled) => NvmeError::Cancelled { device: spec.address.clone() },
+        Some(Ended::Late) => NvmeError::TooSlow {
+            device: spec.address.clone(),
+            what: "come up",
+            within: VFIO_USER_ATTACH,
+            advice: "its server answers, but too slowly; look at that process, then try again",
+        },
+    })
 }

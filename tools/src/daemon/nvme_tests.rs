@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
@@ -119,6 +120,8 @@ struct Stage {
     events: mpsc::Receiver<NvmeEvents>,
     /// An attach ends when this says how.
     go: mpsc::Sender<bool>,
+    /// Attaching ends when it is cancelled, too.
+    heeds: Arc<AtomicBool>,
 }
 
 impl Stage {
@@ -137,14 +140,23 @@ impl Stage {
         let (go, may_go) = mpsc::channel::<bool>();
         let may_go = Mutex::new(may_go);
         let given = Arc::clone(&said);
-        engine.nvme.opener = Arc::new(move |_, _, _, events| {
+        let heeds = Arc::<AtomicBool>::default();
+        let is_heeded = Arc::clone(&heeds);
+        engine.nvme.opener = Arc::new(move |_, _, _, events, token| {
             events_out.send(events).unwrap();
-            match may_go.lock().unwrap().recv() {
-                Ok(true) => Ok(Arc::clone(&given) as Arc<dyn NvmeControl>),
-                _ => Err(gone()),
+            let may_go = may_go.lock().unwrap();
+            loop {
+                match may_go.recv_timeout(Duration::from_millis(2)) {
+                    Ok(true) => return Ok(Arc::clone(&given) as Arc<dyn NvmeControl>),
+                    Err(RecvTimeoutError::Timeout) => {}
+                    _ => return Err(gone()),
+                }
+                if token.ended().is_some() && is_heeded.load(Ordering::Relaxed) {
+                    return Err(NvmeError::Cancelled { device: "said".to_owned() });
+                }
             }
         });
-        Stage { engine, said, events, go }
+        Stage { engine, said, events, go, heeds }
     }
 
     fn spec(name: &str) -> NvmeSpec {
@@ -232,7 +244,6 @@ fn an_attach_that_fails_leaves_nothing() {
     let same_place = NvmeSpec { name: "M".to_owned(), ..Stage::spec("N") };
     assert_eq!(errno(stage.engine.attach_nvme(same_place, Token::fresh())), libc::EBUSY);
     for asked in [
-        stage.engine.detach_nvme("N", Token::fresh()),
         stage.engine.reset_nvme("N", Token::fresh()),
         stage.engine.nvme_health("N", Token::fresh()),
     ] {
@@ -244,6 +255,38 @@ fn an_attach_that_fails_leaves_nothing() {
     assert_eq!((answered, errno(result)), (token, libc::ENODEV));
     assert!(stage.states().is_empty() && stage.names().is_empty());
     assert!(stage.engine.set_nvme_defaults(NvmeDefaults::default()).is_ok());
+}
+
+/// Whether the attempt ends because of it, or comes through at the last moment: the controller is not kept.
+#[test]
+fn detaching_a_controller_on_its_way_cancels_it() {
+    for heeds in [true, false] {
+        let mut stage = Stage::new();
+        stage.heeds.store(heeds, Ordering::Relaxed);
+        let (attaching, _events) = stage.begin();
+        let detaching = [Token::fresh(), Token::fresh()];
+        for token in detaching {
+            assert_eq!(stage.engine.detach_nvme("N", token), Ok(Progress::Later));
+        }
+        assert_eq!(stage.states(), [("N".to_owned(), true)]);
+        assert_eq!(errno(stage.engine.attach_nvme(Stage::spec("N"), Token::fresh())), libc::EBUSY);
+        if !heeds {
+            stage.go.send(true).unwrap();
+        }
+        let mut answers = Vec::new();
+        stage.until(Instant::now(), |engine| {
+            answers.append(&mut engine.finished());
+            answers.len() == 3
+        });
+        let (first, result) = answers.remove(0);
+        assert_eq!((first, errno(result)), (attaching, libc::ECANCELED));
+        let done = detaching.map(|token| (token, Ok(Outcome::Done)));
+        assert_eq!(answers, done, "heeds: {heeds}");
+        stage.until(Instant::now(), |engine| engine.nvme_controllers().is_empty());
+        assert_eq!((stage.names().len(), stage.detaches()), (0, u32::from(!heeds)));
+        assert_eq!(stage.engine.take_vanished(), Vanished::default(), "it was never recorded");
+        stage.begin();
+    }
 }
 
 #[test]

@@ -14,7 +14,6 @@ pub mod methods;
 pub mod nearest;
 pub mod nvme;
 pub mod params;
-pub mod pci_address;
 pub mod record;
 pub mod scan;
 pub mod server;

@@ -366,7 +366,7 @@ pub const METHODS: &[Method] = &[
     ),
     method!(
         "bdev_nvme_detach_controller",
-        "Removes a controller's bdevs and lets go of it; guests that use them get I/O errors",
+        "Removes a controller's bdevs and lets go of it; guests that use them get I/O errors. Cancels an attach that is under way",
         nvme::detach,
         [
             NVME_NAME,

@@ -58,6 +58,9 @@ const ANSWER_MAX: Duration = Duration::from_secs(20);
 pub const DATA_BYTES: u64 = 4096;
 const DATA_SECTORS: u64 = DATA_BYTES / 512;
 
+/// What a ring takes of its memory.
+pub const RING_BYTES: u64 = 0x1_0000;
+
 /// What separates a region's user addresses from its guest addresses.
 const USER_OFFSET: u64 = 0x7000_0000_0000;
 
@@ -328,11 +331,11 @@ pub struct Ring {
 }
 
 impl Ring {
-    /// In the first 64 KiB of its memory, fresh.
+    /// In its [`RING_BYTES`] of the memory, fresh.
     pub fn new(memory: &Memory, index: u32, slots: u16) -> Ring {
         let event =
             || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("an eventfd");
-        let at = u64::from(index) * 0x1_0000;
+        let at = u64::from(index) * RING_BYTES;
         let ring = Ring {
             index,
             size: (slots * 3).next_power_of_two(),
@@ -405,6 +408,21 @@ impl Ring {
         rustix::io::write(&self.call, &(u64::MAX - 1).to_ne_bytes()).expect("an empty counter");
     }
 
+    /// One request while no other is out; its status. See [`Ring::submit`].
+    pub fn one(&mut self, memory: &Memory, write: bool, sector: u64, data: u64) -> u8 {
+        self.submit(memory, 0, write, sector, data);
+        self.kick_always();
+        let start = Instant::now();
+        loop {
+            match self.completions(memory)[..] {
+                [] => assert!(start.elapsed() < ANSWER_MAX, "sector {sector}: no answer"),
+                [(0, status)] => return status,
+                ref others => panic!("{others:?} instead of one answer"),
+            }
+            std::thread::yield_now();
+        }
+    }
+
     /// What the device has used: slots and status bytes.
     pub fn completions(&mut self, memory: &Memory) -> Vec<(u16, u8)> {
         let end = memory.u16(self.used + 2);
@@ -420,6 +438,29 @@ impl Ring {
         }
         done
     }
+}
+
+/// A front-end with a running ring, whose slots have their data in a memory of their own, which is returned, too.
+pub fn running(
+    socket: &Path,
+    protocol: u64,
+    slots: u16,
+    data_guest: u64,
+) -> (FrontEnd, Load, Memory) {
+    let data = Memory::new(data_guest, u64::from(slots) * DATA_BYTES);
+    let (front, load) = running_in(socket, protocol, slots, &data);
+    (front, load, data)
+}
+
+/// The same with memory that the test has made.
+pub fn running_in(socket: &Path, protocol: u64, slots: u16, data: &Memory) -> (FrontEnd, Load) {
+    let mut front = FrontEnd::connect(socket, F_FLUSH, protocol);
+    let rings = Memory::new(0, 4 * RING_BYTES);
+    front.add_memory(&rings);
+    front.add_memory(data);
+    let load = Load::new(rings, 0, slots, data.guest);
+    front.start(&load.ring, 0);
+    (front, load)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

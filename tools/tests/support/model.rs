@@ -17,7 +17,7 @@ const WORDS: u64 = SECTOR_BYTES / 8;
 /// Zeroes.
 const ZERO: u64 = 0;
 /// Anything: discarded, or the target of a write that failed.
-const UNKNOWN: u64 = u64::MAX;
+pub const UNKNOWN: u64 = u64::MAX;
 
 /// Nothing may take longer than this, on whatever machine.
 const HANG_MAX: Duration = Duration::from_secs(30);
@@ -74,6 +74,8 @@ pub struct Exercise {
     pub tolerates_errors: bool,
     pub errors_count: u64,
     pub completed_count: u64,
+    /// The longest time without an answer while something was in flight.
+    pub longest_gap: Duration,
     last_answer: Instant,
     done: Vec<(u32, i32)>,
 }
@@ -104,6 +106,7 @@ impl Exercise {
             tolerates_errors: false,
             errors_count: 0,
             completed_count: 0,
+            longest_gap: Duration::ZERO,
             last_answer: Instant::now(),
             done: Vec::new(),
         }
@@ -187,7 +190,9 @@ impl Exercise {
         }
         self.done = done;
         if count > 0 {
-            self.last_answer = Instant::now();
+            let now = Instant::now();
+            self.longest_gap = self.longest_gap.max(now - self.last_answer);
+            self.last_answer = now;
         } else {
             assert!(
                 self.inflight.is_empty() || self.last_answer.elapsed() < HANG_MAX,

@@ -14,10 +14,10 @@ use tempfile::TempDir;
 
 use super::super::*;
 use super::rig::{Rig, io};
-use crate::pci::{DeviceNews, PciBacking, PciError, Registers};
-use crate::vfio_user::VfioUserBacking;
+use crate::pci::{CancelToken, DeviceNews, PciBacking, PciError, Registers};
 use crate::vfio_user::protocol::{self, Fields, Header, command, flags, irq, region, words};
 use crate::vfio_user::wire::{Message, Outbox, Reader, WireError, ready};
+use crate::vfio_user::{Patience, VfioUserBacking};
 
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(10)
@@ -41,7 +41,10 @@ fn show(options: ModelOptions) -> Shown {
 
 impl Shown {
     fn rig(&self) -> Rig<VfioUserBacking> {
-        let backing = VfioUserBacking::connect(self.dir.path()).unwrap();
+        // Here nobody is a reactor that must not wait.
+        let patience = Patience { bind: Duration::from_secs(10), ..Patience::default() };
+        let token = CancelToken::default();
+        let backing = VfioUserBacking::connect_with(self.dir.path(), patience, &token).unwrap();
         Rig::over(backing, self.control.clone(), Arc::clone(&self.medium), 0)
     }
 

@@ -28,7 +28,7 @@ use crate::model::{
     Action, Count, Match, Medium, ModelBacking, ModelControl, ModelNamespace, ModelOptions,
     ModelRegisters, Sgls, start,
 };
-use crate::pci::PciBacking;
+use crate::pci::{CancelToken, PciBacking};
 
 /// A namespace of the model as a bdev whose channels have a pair each.
 struct OnModel {
@@ -88,7 +88,8 @@ impl OnModel {
         let (backing, control) = start(options, vec![namespace]).unwrap();
         let domain = backing.dma();
         let backing = Arc::new(backing);
-        let mut controller = Controller::open(backing, &NvmeOptions::default(), 16).unwrap();
+        let (options, token) = (NvmeOptions::default(), CancelToken::default());
+        let mut controller = Controller::open(backing, &options, 16, &token).unwrap();
         assert_eq!(controller.ask_for_pairs(16).unwrap(), 16);
         if like.shadow {
             controller.set_up_shadow(16).unwrap();

@@ -10,12 +10,14 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use ringmill_drivers::pci::PciAddress;
 use ringmill_drivers::vfio::is_vfio;
 
 use super::VFIO;
-use super::claim::claim;
+use super::claim::{claim, is_driven};
 use super::tables::Tables;
-use super::tree::{Address, Function, Tree, text_of};
+use super::tree::{Function, Tree, text_of};
+use super::usage::Use;
 
 /// How long a driver may take to show up at a function after the probe was asked for: drivers that probe
 /// asynchronously, nvme among them, do so after the write has returned.
@@ -47,7 +49,7 @@ impl Kernel for Sysfs {
 /// What became of one function.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Change {
-    pub(super) address: Address,
+    pub(super) address: PciAddress,
     /// The driver before; `None`: it had none.
     pub(super) from: Option<String>,
     /// The driver now.
@@ -73,7 +75,11 @@ pub(super) struct Binder<'a> {
 
 impl Binder<'_> {
     /// Whether vfio-pci can have this function; the reason if not. Changes nothing.
-    pub(super) fn check_bind(&self, address: Address, tables: &Tables) -> Result<Function, String> {
+    pub(super) fn check_bind(
+        &self,
+        address: PciAddress,
+        tables: &Tables,
+    ) -> Result<Function, String> {
         let function = self.found(address)?;
         if function.class >> 8 == AHCI {
             return Err(format!(
@@ -108,18 +114,23 @@ impl Binder<'_> {
     /// Whether the function can be given back to the kernel; the reason if not. Changes nothing.
     pub(super) fn check_unbind(
         &self,
-        address: Address,
+        address: PciAddress,
         tables: &Tables,
     ) -> Result<Function, String> {
         let function = self.found(address)?;
         // With another driver there is nothing to do; whoever uses the disk does so through that one.
         if function.is_with_vfio() {
             self.check_use(&function, tables)?;
+            // The kernel would wait for them inside the write that takes it from vfio-pci.
+            if is_driven(self.tree, &function) {
+                let process = "a process that does not show it".to_owned();
+                return Err(format!("{address} is in use: {}", Use::Driven { process }.sentence()));
+            }
         }
         Ok(function)
     }
 
-    fn found(&self, address: Address) -> Result<Function, String> {
+    fn found(&self, address: PciAddress) -> Result<Function, String> {
         self.tree.function(address).ok_or_else(|| {
             format!(
                 "there is no PCI function {address}; `ringmillctl pci list` shows those there are"
@@ -180,7 +191,7 @@ impl Binder<'_> {
     }
 
     /// The override comes first: without a driver in between, nobody but vfio-pci may take the function.
-    fn hand_over(&self, address: Address, from: Option<&str>) -> Result<(), String> {
+    fn hand_over(&self, address: PciAddress, from: Option<&str>) -> Result<(), String> {
         self.set_override(address, VFIO)?;
         if from.is_some() {
             self.release(address)?;
@@ -193,7 +204,7 @@ impl Binder<'_> {
     }
 
     /// Puts back what was before; the message says whether that worked.
-    fn roll_back(&self, address: Address, from: Option<&str>, reason: String) -> String {
+    fn roll_back(&self, address: PciAddress, from: Option<&str>, reason: String) -> String {
         let undo = || -> Result<(), String> {
             self.set_override(address, "")?;
             let now = self.tree.driver(address);
@@ -266,7 +277,7 @@ impl Binder<'_> {
         })
     }
 
-    fn set_override(&self, address: Address, driver: &str) -> Result<(), String> {
+    fn set_override(&self, address: PciAddress, driver: &str) -> Result<(), String> {
         let file = self.tree.function_dir(address).join("driver_override");
         // The kernel takes an empty line for "none".
         self.write(
@@ -282,12 +293,12 @@ impl Binder<'_> {
         Err(format!("the kernel keeps {now:?} as the driver chosen for {address}, not {driver:?}"))
     }
 
-    fn release(&self, address: Address) -> Result<(), String> {
+    fn release(&self, address: PciAddress) -> Result<(), String> {
         let file = self.tree.function_dir(address).join("driver/unbind");
         self.write(&file, &address.to_string(), &format!("cannot take {address} from its driver"))
     }
 
-    fn probe(&self, address: Address) -> Result<(), String> {
+    fn probe(&self, address: PciAddress) -> Result<(), String> {
         let file = self.tree.sys("bus/pci/drivers_probe");
         self.write(&file, &address.to_string(), &format!("cannot have a driver look at {address}"))
     }
@@ -295,7 +306,7 @@ impl Binder<'_> {
     /// Waits until the function's driver is as wanted; the present one if it never is.
     fn wait_for(
         &self,
-        address: Address,
+        address: PciAddress,
         is_wanted: impl Fn(Option<&str>) -> bool,
     ) -> Result<(), Option<String>> {
         let end = Instant::now() + self.patience;

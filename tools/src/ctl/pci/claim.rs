@@ -64,6 +64,16 @@ pub(super) fn zfs_use(tree: &Tree, function: &Function) -> Option<Use> {
     tree.disks(function.address).into_iter().find(is_busy).map(|disk| exclusive(tree, &disk))
 }
 
+/// Whether somebody drives a function through VFIO whose descriptors do not tell: a device's descriptor names no device, and
+/// may be all that is left open. A group is open once, for as long as any of its devices is.
+pub(super) fn is_driven(tree: &Tree, function: &Function) -> bool {
+    tree.vfio_files(function).iter().any(|(path, _)| {
+        let is_group = !path.starts_with("/dev/vfio/devices/");
+        let opened = || tree.nodes().open_exclusively(&tree.absolute(path));
+        is_group && opened().is_err_and(|error| error.kind() == io::ErrorKind::ResourceBusy)
+    })
+}
+
 /// The node of this name in /dev may be another device, in a container for instance.
 fn open_checked(tree: &Tree, disk: &str) -> io::Result<File> {
     let file = tree.nodes().open_exclusively(&tree.absolute("dev").join(disk))?;

@@ -5,6 +5,7 @@
 
 mod bind;
 mod claim;
+mod loops;
 mod names;
 mod nodes;
 mod processes;
@@ -18,12 +19,13 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use ringmill_drivers::pci::PciAddress;
 use ringmill_drivers::vfio::is_vfio;
 use serde_json::{Value, json};
 
 use self::bind::{Binder, Change, PROBE_MAX, Sysfs};
 use self::tables::Tables;
-use self::tree::{Address, Function, Tree};
+use self::tree::{Function, Tree};
 use self::usage::Use;
 use super::{CtlError, plain_table};
 use crate::config::size;
@@ -86,15 +88,11 @@ pub(super) fn run(args: &PciArgs, out: &mut dyn Write, json: bool) -> Result<(),
     }
 }
 
-fn parse(words: &[String]) -> Result<Vec<Address>, CtlError> {
+fn parse(words: &[String]) -> Result<Vec<PciAddress>, CtlError> {
     let mut addresses = Vec::new();
     for word in words {
-        let address = Address::parse(word).ok_or_else(|| {
-            CtlError::Usage(format!(
-                "{:?} is not a PCI address; write it as 0000:01:00.0 (`ringmillctl pci list` shows them)",
-                word.chars().take(64).collect::<String>()
-            ))
-        })?;
+        let address: PciAddress =
+            word.parse().map_err(|error| CtlError::Usage(format!("{error}")))?;
         if !addresses.contains(&address) {
             addresses.push(address);
         }
@@ -184,7 +182,7 @@ fn to_json(tree: &Tree, function: &Function, uses: &[Use]) -> Value {
         "model": function.model,
         "driver": function.driver,
         "iommu_group": function.group,
-        "iommu_group_others": function.group_others.iter().map(Address::to_string).collect::<Value>(),
+        "iommu_group_others": function.group_others.iter().map(PciAddress::to_string).collect::<Value>(),
         "numa_node": function.numa_node,
         "disks": disks
             .map(|disk| json!({ "size_bytes": tree.size_bytes(&disk), "name": disk }))
@@ -205,7 +203,7 @@ enum Direction {
 
 fn change(
     binder: &Binder<'_>,
-    addresses: &[Address],
+    addresses: &[PciAddress],
     direction: Direction,
     out: &mut dyn Write,
     json: bool,
@@ -289,7 +287,7 @@ fn report(
 }
 
 /// VFIO opens a group only if the kernel drives none of its functions.
-fn group_note(tree: &Tree, address: Address) -> Option<String> {
+fn group_note(tree: &Tree, address: PciAddress) -> Option<String> {
     let function = tree.function(address)?;
     let others: Vec<String> = function
         .group_others

@@ -38,6 +38,9 @@ pub(super) trait Nodes: Debug + Sync {
     /// The device that an open file is.
     fn of(&self, file: &File) -> io::Result<Option<Node>>;
 
+    /// The block device that the loop device at `path` is made of; `None`: a file. It must be the device `wanted`.
+    fn behind_loop(&self, path: &Path, wanted: Node) -> io::Result<Option<Node>>;
+
     /// Writes out what the page cache has of it.
     fn sync(&self, file: &File) -> io::Result<()>;
 }
@@ -71,6 +74,14 @@ impl Nodes for RealNodes {
             kind if kind.is_char_device() => Some(Node::Character(number)),
             _ => None,
         })
+    }
+
+    fn behind_loop(&self, path: &Path, wanted: Node) -> io::Result<Option<Node>> {
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+        if self.of(&file)? != Some(wanted) {
+            return Err(io::Error::other(format!("{} is another device", path.display())));
+        }
+        super::loops::backing(&file)
     }
 
     fn sync(&self, file: &File) -> io::Result<()> {

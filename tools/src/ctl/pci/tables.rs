@@ -25,9 +25,27 @@ pub(super) struct Tables {
     swaps: Vec<String>,
     /// What processes have open.
     open: OpenDevices,
-    /// What parts of the kernel use without a claim: path of the device, and who.
-    backed: Vec<(String, Backer)>,
+    /// What parts of the kernel use without a claim.
+    backed: Vec<Backed>,
+    /// A loop device of which it could not be found out what it is made of.
+    unseen_loop: Option<String>,
     btrfs: Vec<(String, String)>,
+}
+
+/// What a part of the kernel uses: a device by its number where the kernel tells it, or the path that it was given.
+#[derive(Debug)]
+struct Backed {
+    device: Result<Node, String>,
+    by: Backer,
+}
+
+impl Backed {
+    fn is_of(&self, tree: &Tree, node: Node) -> bool {
+        match &self.device {
+            Ok(device) => *device == node,
+            Err(path) => tree.node_behind(path) == Some(node),
+        }
+    }
 }
 
 impl Tables {
@@ -38,6 +56,8 @@ impl Tables {
             let disks = names_in(&tree.sys("fs/btrfs").join(&uuid).join("devices"));
             disks.into_iter().map(move |disk| (disk, uuid.clone()))
         });
+        let (mut backed, unseen_loop) = loops(tree);
+        backed.extend(exports(tree));
         Tables {
             mounts: text("self/mountinfo").lines().filter_map(mount).collect(),
             swaps: swaps
@@ -47,7 +67,8 @@ impl Tables {
                 .map(unescape)
                 .collect(),
             open: OpenDevices::read(tree),
-            backed: backers(tree),
+            backed,
+            unseen_loop,
             btrfs: btrfs.collect(),
         }
     }
@@ -62,8 +83,8 @@ impl Tables {
                     .to_owned(),
             );
         }
-        let process = self.open.unseen.as_ref()?;
-        Some(format!("cannot see what {process}; run it on the host, as root"))
+        let unseen = self.open.unseen.as_ref().or(self.unseen_loop.as_ref())?;
+        Some(format!("cannot see what {unseen}; run it on the host, as root"))
     }
 
     /// All reasons to leave `function` alone that can be had by looking.
@@ -137,10 +158,9 @@ impl Tables {
             let (disk, process) = (name.to_owned(), process.to_owned());
             uses.insert(Use::Open { disk, process });
         }
-        for (path, by) in &self.backed {
-            if node.is_some() && tree.node_behind(path) == node {
-                uses.insert(Use::Backing { disk: name.to_owned(), by: by.clone() });
-            }
+        let is_it = |one: &&Backed| node.is_some_and(|node| one.is_of(tree, node));
+        for Backed { by, .. } in self.backed.iter().filter(is_it) {
+            uses.insert(Use::Backing { disk: name.to_owned(), by: by.clone() });
         }
     }
 
@@ -159,16 +179,34 @@ impl Tables {
     }
 }
 
-/// What parts of the kernel have open without a claim.
-fn backers(tree: &Tree) -> Vec<(String, Backer)> {
-    let mut found = Vec::new();
-    let loops = tree.sys("block");
-    for name in names_in(&loops) {
-        if let Some(path) = text_of(&loops.join(&name).join("loop/backing_file")) {
-            let path = path.strip_suffix(" (deleted)").unwrap_or(&path).to_owned();
-            found.push((path, Backer::Loop(name)));
-        }
+/// What loop devices are made of, and one of which that is not known.
+fn loops(tree: &Tree) -> (Vec<Backed>, Option<String>) {
+    let (mut found, mut unseen) = (Vec::new(), None);
+    for name in names_in(&tree.sys("block")) {
+        let file = tree.sys("block").join(&name).join("loop/backing_file");
+        let Some(path) = text_of(&file) else { continue };
+        let Some(node) = tree.block_node(&name) else { continue };
+        let device = match tree.nodes().behind_loop(&tree.absolute("dev").join(&name), node) {
+            Ok(Some(device)) => Ok(device),
+            Ok(None) => continue,
+            // Its path, which means something only in the mount namespace where it was set up.
+            Err(error) => {
+                let path = path.strip_suffix(" (deleted)").unwrap_or(&path).to_owned();
+                if tree.node_behind(&path).is_none() {
+                    unseen.get_or_insert_with(|| format!("{name} is made of ({error})"));
+                }
+                Err(path)
+            }
+        };
+        found.push(Backed { device, by: Backer::Loop(name) });
     }
+    (found, unseen)
+}
+
+/// What is exported by parts of the kernel that have it open without a claim.
+fn exports(tree: &Tree) -> Vec<Backed> {
+    let mut found = Vec::new();
+    let mut push = |path: String, by: Backer| found.push(Backed { device: Err(path), by });
     // What is switched off has nothing open.
     let exported = |dir: &Path, attribute: &str| {
         let is_off = text_of(&dir.join("enable")).as_deref() == Some("0");
@@ -178,12 +216,12 @@ fn backers(tree: &Tree) -> Vec<(String, Backer)> {
     for subsystem in names_in(&subsystems) {
         let dir = subsystems.join(&subsystem);
         if let Some(path) = exported(&dir.join("passthru"), "device_path") {
-            found.push((path, Backer::NvmetPassthru(subsystem.clone())));
+            push(path, Backer::NvmetPassthru(subsystem.clone()));
         }
         for namespace in names_in(&dir.join("namespaces")) {
             if let Some(path) = exported(&dir.join("namespaces").join(&namespace), "device_path") {
                 let subsystem = subsystem.clone();
-                found.push((path, Backer::NvmetNamespace { subsystem, namespace }));
+                push(path, Backer::NvmetNamespace { subsystem, namespace });
             }
         }
     }
@@ -191,7 +229,7 @@ fn backers(tree: &Tree) -> Vec<(String, Backer)> {
     for adapter in names_in(&stores) {
         for store in names_in(&stores.join(&adapter)) {
             if let Some(path) = exported(&stores.join(&adapter).join(&store), "udev_path") {
-                found.push((path, Backer::ScsiTarget(format!("{adapter}/{store}"))));
+                push(path, Backer::ScsiTarget(format!("{adapter}/{store}")));
             }
         }
     }

@@ -1,5 +1,6 @@
 //! `ringmillctl pci` over a machine made of files: what it shows, what it refuses, and the order of its writes.
 
+mod real;
 mod refusals;
 
 use std::cell::{Cell, RefCell};
@@ -9,12 +10,13 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ringmill_drivers::pci::PciAddress;
 use serde_json::Value;
 use tempfile::TempDir;
 
 use super::bind::{Binder, Kernel};
 use super::nodes::{Node, Nodes, RealNodes, parse_number};
-use super::tree::{Address, Tree};
+use super::tree::Tree;
 use super::{Direction, VFIO, change, list};
 use crate::ctl::CtlError;
 
@@ -34,7 +36,8 @@ thread_local! {
     static SYNCED: Cell<u32> = const { Cell::new(0) };
 }
 
-/// Device nodes are files that say which device they are: `b 259:0`. More lines say what opening one does: `errno 13` fails,
+/// Device nodes are files that say which device they are: `b 259:0`. A line `made of b 259:1` says what a loop device is made
+/// of. More lines say what opening one does: `errno 13` fails,
 /// `then open /dev/nvme0n1` lets a process with it appear, `then driver e1000e` takes the function away meanwhile, and
 /// `then disk` lets another namespace appear.
 #[derive(Debug)]
@@ -119,6 +122,14 @@ impl Nodes for FileNodes {
         let mut text = String::new();
         io::Read::read_to_string(&mut file, &mut text)?;
         Ok(FileNodes::parse(&text))
+    }
+
+    fn behind_loop(&self, path: &Path, wanted: Node) -> io::Result<Option<Node>> {
+        let text = FileNodes::text(path)?;
+        if FileNodes::parse(&text) != Some(wanted) {
+            return Err(io::Error::other("it is another device"));
+        }
+        Ok(text.lines().find_map(|line| FileNodes::parse(line.strip_prefix("made of ")?)))
     }
 
     fn sync(&self, _: &File) -> io::Result<()> {
@@ -230,6 +241,22 @@ impl Machine {
     fn process(&self, pid: u32, comm: &str, open: &str) {
         self.write(&format!("proc/{pid}/comm"), &format!("{comm}\n"));
         self.link(&format!("proc/{pid}/fd/3"), Path::new(open));
+    }
+
+    /// The same, but mapped, and no longer open.
+    fn mapper_process(&self, pid: u32, comm: &str, device: &str) {
+        let node = self.path(&format!("containers/{pid}/dev/disk"));
+        self.write(node.to_str().unwrap(), device);
+        self.write(&format!("proc/{pid}/comm"), &format!("{comm}\n"));
+        fs::create_dir_all(self.path(&format!("proc/{pid}/fd"))).unwrap();
+        let lines = "00400000-00401000 r-xp 00000000 fe:00 77      /usr/bin/x\n\
+                     00500000-00501000 rw-p 00000000 00:00 0 \n\
+                     7f0000000000-7f0000001000 r--s 00000000 00:05 88      /dev/disk\n";
+        self.write(&format!("proc/{pid}/maps"), lines);
+        let files = format!("proc/{pid}/map_files");
+        self.write("usr/bin/x", "a program\n");
+        self.link(&format!("{files}/400000-401000"), &self.path("usr/bin/x"));
+        self.link(&format!("{files}/7f0000000000-7f0000001000"), &node);
     }
 
     /// A process that has the device open of which `dev` tells, under a name of its own, as in a container.
@@ -352,8 +379,8 @@ impl Kernel for FakeKernel<'_> {
     }
 }
 
-fn addresses(texts: &[&str]) -> Vec<Address> {
-    texts.iter().map(|text| Address::parse(text).unwrap()).collect()
+fn addresses(texts: &[&str]) -> Vec<PciAddress> {
+    texts.iter().map(|text| text.parse().unwrap()).collect()
 }
 
 /// What was printed, or why it was refused.
@@ -377,7 +404,7 @@ fn changed(kernel: &FakeKernel<'_>, texts: &[&str], way: Direction) -> Result<St
 }
 
 fn driver(machine: &Machine, address: &str) -> Option<String> {
-    machine.tree().driver(Address::parse(address).unwrap())
+    machine.tree().driver(address.parse().unwrap())
 }
 
 fn chosen(machine: &Machine, address: &str) -> String {

@@ -1,22 +1,21 @@
 //! The kernel's view of PCI functions and their disks: sysfs, procfs and /dev, below a root that tests replace.
 //!
 //! In: files of the kernel, read once per command. Out: [`Function`]s and block devices by name. Owner: one command.
-//! **Invariant:** an [`Address`] is the only way from a user's words to a path.
+//! **Invariant:** a [`PciAddress`] is the only way from a user's words to a path.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::nodes::{Node, Nodes, RealNodes, parse_number};
-
+use ringmill_drivers::pci::PciAddress;
 use ringmill_drivers::vfio::is_vfio;
 
-pub(super) use crate::rpc::pci_address::PciAddress as Address;
+use super::nodes::{Node, Nodes, RealNodes, parse_number};
 
 /// A PCI function.
 #[derive(Clone, Debug)]
 pub(super) struct Function {
-    pub(super) address: Address,
+    pub(super) address: PciAddress,
     pub(super) vendor: u16,
     pub(super) device: u16,
     /// 24 bits: class, subclass, interface.
@@ -25,7 +24,7 @@ pub(super) struct Function {
     pub(super) driver: Option<String>,
     pub(super) group: Option<u32>,
     /// The others of its IOMMU group.
-    pub(super) group_others: Vec<Address>,
+    pub(super) group_others: Vec<PciAddress>,
     pub(super) numa_node: Option<u32>,
     /// As the kernel's driver tells it, while it has the function.
     pub(super) model: Option<String>,
@@ -109,7 +108,7 @@ impl Tree {
         self.root.join(path.trim_start_matches('/'))
     }
 
-    pub(super) fn function_dir(&self, address: Address) -> PathBuf {
+    pub(super) fn function_dir(&self, address: PciAddress) -> PathBuf {
         self.sys(&format!("bus/pci/devices/{address}"))
     }
 
@@ -118,7 +117,7 @@ impl Tree {
     }
 
     /// The driver that has this function now.
-    pub(super) fn driver(&self, address: Address) -> Option<String> {
+    pub(super) fn driver(&self, address: PciAddress) -> Option<String> {
         link_name(&self.function_dir(address).join("driver"))
     }
 
@@ -131,7 +130,7 @@ impl Tree {
         {
             return Err(error);
         }
-        let addresses = names_in(&dir).into_iter().filter_map(|name| Address::parse(&name));
+        let addresses = names_in(&dir).into_iter().filter_map(|name| name.parse().ok());
         let mut functions: Vec<Function> =
             addresses.filter_map(|address| self.function(address)).collect();
         functions.sort_by_key(|function| function.address);
@@ -139,13 +138,13 @@ impl Tree {
     }
 
     /// One function; `None` if there is none at this address.
-    pub(super) fn function(&self, address: Address) -> Option<Function> {
+    pub(super) fn function(&self, address: PciAddress) -> Option<Function> {
         let dir = self.function_dir(address);
         let id = |name: &str| hex_of(&dir.join(name)).and_then(|id| u16::try_from(id).ok());
         let group = link_name(&dir.join("iommu_group")).and_then(|name| name.parse().ok());
         let others = names_in(&dir.join("iommu_group/devices"))
             .into_iter()
-            .filter_map(|name| Address::parse(&name))
+            .filter_map(|name| name.parse().ok())
             .filter(|other| *other != address);
         let nvme = names_in(&dir.join("nvme")).into_iter().next();
         Some(Function {
@@ -166,12 +165,12 @@ impl Tree {
     }
 
     /// The disks (not partitions) that hang on a function.
-    pub(super) fn disks(&self, address: Address) -> Vec<String> {
+    pub(super) fn disks(&self, address: PciAddress) -> Vec<String> {
         let mut disks = Vec::new();
         for name in names_in(&self.sys("block")) {
             let Ok(path) = fs::canonicalize(self.sys("block").join(&name)) else { continue };
             // The last address on the way is the function; the others are bridges above it.
-            let mut parts = path.iter().filter_map(|part| Address::parse(part.to_str()?));
+            let mut parts = path.iter().filter_map(|part| part.to_str()?.parse().ok());
             if parts.next_back() != Some(address) {
                 continue;
             }
@@ -193,7 +192,7 @@ impl Tree {
 
     /// The character devices through which a function is spoken to beside its disks: the controller itself, and each
     /// namespace for passed-through commands.
-    pub(super) fn characters(&self, address: Address) -> Vec<(String, Node)> {
+    pub(super) fn characters(&self, address: PciAddress) -> Vec<(String, Node)> {
         let controllers = self.function_dir(address).join("nvme");
         let mut dirs = Vec::new();
         for controller in names_in(&controllers) {

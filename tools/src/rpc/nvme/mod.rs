@@ -10,6 +10,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use ringmill_drivers::nvme::ActionOnTimeout;
+use ringmill_drivers::pci::PciAddress;
 use serde_json::{Map, Value};
 
 pub use self::types::{
@@ -22,7 +23,6 @@ use super::{
     methods::Call,
     nearest::hint,
     params::Params,
-    pci_address::PciAddress,
     record::{Change, Entry},
     server::{Reply, Token},
 };
@@ -167,12 +167,9 @@ fn place(params: &Params) -> Result<(NvmeTransport, String), RpcError> {
     };
     let address = params.text_required("traddr");
     match transport {
-        NvmeTransport::Pcie => match pci_address(address) {
-            Some(address) => Ok((transport, address)),
-            None => Err(RpcError::params(format!(
-                "\"traddr\" = {} is not a PCI address; write it as 0000:01:00.0 (`ringmillctl pci list` shows them)",
-                Value::from(address.chars().take(64).collect::<String>())
-            ))),
+        NvmeTransport::Pcie => match address.parse::<PciAddress>() {
+            Ok(address) => Ok((transport, address.to_string())),
+            Err(error) => Err(RpcError::params(format!("\"traddr\" = {error}"))),
         },
         NvmeTransport::VfioUser if Path::new(address).is_absolute() => {
             Ok((transport, address.to_owned()))
@@ -182,11 +179,6 @@ fn place(params: &Params) -> Result<(NvmeTransport, String), RpcError> {
             Value::from(address.chars().take(64).collect::<String>())
         ))),
     }
-}
-
-/// `0000:01:00.0` for `01:00.0` and `0000:01:00.0`; `None` for anything else.
-fn pci_address(text: &str) -> Option<String> {
-    PciAddress::parse(text).map(|address| address.to_string())
 }
 
 pub(super) fn list(call: Call<'_>) -> Result<Reply, RpcError> {
@@ -223,7 +215,8 @@ pub(super) fn detach(call: Call<'_>) -> Result<Reply, RpcError> {
     let other_transport =
         params.text("trtype").is_some_and(|t| NvmeTransport::from_name(t) != Some(view.transport));
     let other_address = params.text("traddr").is_some_and(|text| {
-        text != view.address && pci_address(text).as_deref() != Some(view.address.as_str())
+        let is_written_so = |address: PciAddress| address.to_string() == view.address;
+        text != view.address && !text.parse().is_ok_and(is_written_so)
     });
     if other_transport || other_address {
         return Err(RpcError::errno(

@@ -8,7 +8,18 @@ use super::*;
 #[test]
 fn whatever_is_in_use_is_refused_and_not_touched() {
     type Setup = fn(&Machine);
-    let cases: [(Setup, &str); 23] = [
+    let cases: [(Setup, &str); 26] = [
+        // By a name of another mount namespace, or one that is gone: the number counts.
+        (
+            |m| {
+                m.block("sys/devices/virtual/block", "loop8", "7:8", false);
+                m.write("dev/loop8", "b 7:8\nmade of b 259:1\n");
+                m.write("sys/block/loop8/loop/backing_file", "/vol/disk (deleted)\n");
+            },
+            "/dev/loop8 is made of nvme0n1p1;",
+        ),
+        (|m| m.mapper_process(6, "mapped", "b 259:0\n"), "mapped (process 6) has nvme0n1 open"),
+        (|m| m.mapper_process(6, "mapped", "c 240:0\n"), "mapped (process 6) has nvme0 open"),
         (
             |m| m.append("proc/self/mountinfo", "9 1 259:1 / /data rw - xfs /dev/x rw\n"),
             "`umount /data`",
@@ -68,6 +79,7 @@ fn whatever_is_in_use_is_refused_and_not_touched() {
         (
             |m| {
                 m.block("sys/devices/virtual/block", "loop7", "7:7", false);
+                fs::remove_file(m.path("dev/loop7")).unwrap();
                 m.write("sys/block/loop7/loop/backing_file", "/dev/nvme0n1p1\n");
             },
             "`losetup -d /dev/loop7`",
@@ -76,6 +88,7 @@ fn whatever_is_in_use_is_refused_and_not_touched() {
             |m| {
                 m.block("sys/devices/virtual/block", "loop7", "7:7", false);
                 m.link("dev/disk/by-id/nvme-x", &m.path("dev/nvme0n1"));
+                fs::remove_file(m.path("dev/loop7")).unwrap();
                 m.write("sys/block/loop7/loop/backing_file", "/dev/disk/by-id/nvme-x (deleted)\n");
             },
             "`losetup -d /dev/loop7`",
@@ -197,7 +210,29 @@ fn who_does_not_use_the_disk_is_not_in_the_way() {
 #[test]
 fn what_cannot_be_seen_counts_as_in_use() {
     type Setup = fn(&Machine);
-    let cases: [(Setup, &str); 4] = [
+    let cases: [(Setup, &str); 7] = [
+        (
+            |m| {
+                m.mapper_process(6, "mapped", "errno 13\n");
+            },
+            "cannot see what mapped (process 6) has open",
+        ),
+        (
+            |m| {
+                m.block("sys/devices/virtual/block", "loop8", "7:8", false);
+                m.write("sys/block/loop8/loop/backing_file", "/vol/disk\n");
+                fs::remove_file(m.path("dev/loop8")).unwrap();
+            },
+            "cannot see what loop8 is made of",
+        ),
+        (
+            |m| {
+                m.block("sys/devices/virtual/block", "loop8", "7:8", false);
+                m.write("sys/block/loop8/loop/backing_file", "/vol/disk\n");
+                m.write("dev/loop8", "b 7:9\nmade of b 8:1\n");
+            },
+            "cannot see what loop8 is made of",
+        ),
         (|m| m.write("proc/6/fd", ""), "cannot see what a process (process 6) has open"),
         (|m| m.contained(6, "fio", "errno 13\n"), "cannot see what fio (process 6) has open"),
         (|m| fs::remove_dir_all(m.path("proc")).unwrap(), "cannot see what processes there are"),
@@ -352,6 +387,25 @@ fn the_passed_through_namespace_of_a_multipath_disk_counts() {
     machine.contained(5, "qemu", "c 241:9\n");
     let reason = bind(&FakeKernel::of(&machine), &[HEAD]).unwrap_err();
     assert!(reason.contains("qemu (process 5) has ng2n1 open"), "{reason}");
+}
+
+/// A device's descriptor names no device. The group's node says that it is open, and the kernel would wait for its user.
+#[test]
+fn a_function_that_is_driven_by_who_does_not_show_it_is_not_taken_away() {
+    let machine = Machine::furnished();
+    fs::remove_dir_all(machine.path("proc/77")).unwrap();
+    machine.contained(78, "qemu", "anon_inode\n");
+    for (file, is_driven) in [("vfio/9", true), ("vfio/noiommu-9", true), ("vfio/8", false)] {
+        machine.write(&format!("dev/{file}"), "c 236:4\nerrno 16\n");
+        let kernel = FakeKernel::of(&machine);
+        let result = unbind(&kernel, &[GIVEN]);
+        assert_eq!(result.is_err(), is_driven, "{file}: {result:?}");
+        if let Err(reason) = result {
+            assert!(reason.contains("a process that does not show it drives it"), "{reason}");
+            assert_eq!(kernel.log(), [""; 0]);
+        }
+        fs::remove_file(machine.path(&format!("dev/{file}"))).unwrap();
+    }
 }
 
 /// The second of two addresses is looked at anew: what came while the first was given away is seen.

@@ -1,13 +1,20 @@
 //! NVMe controllers as operators and guests of a daemon see them: over vfio-user, with the device model in this process.
 //!
 //! Everything is real but the controller: daemon, driver, vhost-user client, sockets. What is shown is correctness.
+//! Here: set-ups, ordinary use, configuration. `trouble`: what breaks. `namespaces`: what comes, goes and changes its size.
+//! `memory`: what is copied.
 
-#[path = "support/daemon.rs"]
+#[path = "../support/daemon.rs"]
 mod daemon;
-#[path = "support/media.rs"]
+#[path = "../support/frontend.rs"]
+mod frontend;
+#[path = "../support/media.rs"]
 mod media;
-#[path = "support/model.rs"]
+mod memory;
+#[path = "../support/model.rs"]
 mod model;
+mod namespaces;
+mod trouble;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,7 +26,7 @@ use media::{MIB, set_len};
 use model::{Exercise, Op, connect, seed};
 use ringmill_core::spec::nvme::nvm;
 use ringmill_drivers::model::{
-    Action, Count, Match, Medium, ModelControl, ModelNamespace, ModelOptions, VfioUserServer, start,
+    Count, Medium, ModelControl, ModelNamespace, ModelOptions, VfioUserServer, start,
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -119,19 +126,53 @@ fn saved(daemon: &Daemon) -> Value {
     json!({"subsystems": list.collect::<Vec<_>>()})
 }
 
-/// Two reactors that sleep after so many microseconds without work.
-fn two_reactors(spin_us: u32) -> Daemon {
-    Daemon::with(["-m", "3", "--idle", "adaptive", "--spin-us", &spin_us.to_string()])
+/// On the cores of this mask; reactors sleep soon, so that both ways are gone.
+fn daemon_on(mask: &str) -> Daemon {
+    Daemon::with(["-m", mask, "--idle", "adaptive", "--spin-us", "50"])
+}
+
+fn two_reactors() -> Daemon {
+    daemon_on("3")
+}
+
+/// A daemon on these cores to which the device is attached as `Nvme0`, with its first namespace as disk `v`.
+fn serving_on(mask: &str, device: &Device, more: &Value) -> (Daemon, PathBuf) {
+    let daemon = daemon_on(mask);
+    attach(&daemon, "Nvme0", device, more);
+    let socket = daemon.add_controller("v", "Nvme0n1", &json!({}));
+    (daemon, socket)
+}
+
+/// The same on two cores, with a guest of two queues.
+fn serving(device: &Device, more: &Value) -> (Daemon, Exercise) {
+    let (daemon, socket) = serving_on("3", device, more);
+    let exercise = exercise(&socket, 2);
+    (daemon, exercise)
 }
 
 fn exercise(socket: &Path, queues: usize) -> Exercise {
-    Exercise::new(connect(socket, queues, 32, SLOT_BYTES), 32, seed(0x00a7_7ac4))
+    exercise_again(socket, queues, None)
+}
+
+/// On a disk that another guest has left like this.
+fn exercise_again(socket: &Path, queues: usize, stamps: Option<Vec<u64>>) -> Exercise {
+    let (client, seed) = (connect(socket, queues, 32, SLOT_BYTES), seed(0x00a7_7ac4));
+    match stamps {
+        None => Exercise::new(client, 32, seed),
+        Some(stamps) => Exercise::with_stamps(client, 32, seed, stamps),
+    }
+}
+
+/// The end of every test: the driver kept to the specification, and the daemon ends well.
+fn end(device: &Device, daemon: Daemon) {
+    device.assert_content();
+    daemon.stop();
 }
 
 #[test]
 fn a_guest_reads_what_it_wrote_to_an_nvme_disk() {
     let device = Device::with(ModelOptions::default(), &[9, 12]);
-    let daemon = two_reactors(50);
+    let daemon = two_reactors();
     let names = attach(&daemon, "Nvme0", &device, &json!({}));
     assert_eq!(names, ["Nvme0n1", "Nvme0n2"]);
     for (name, block) in names.iter().zip([512, 4096]) {
@@ -173,11 +214,8 @@ fn a_guest_reads_what_it_wrote_to_an_nvme_disk() {
 #[test]
 fn one_queue_for_two_reactors_is_crossed_to() {
     let device = Device::with(ModelOptions { io_queues_max: 1, ..ModelOptions::default() }, &[9]);
-    let daemon = two_reactors(50);
-    attach(&daemon, "Nvme0", &device, &json!({}));
+    let (daemon, mut exercise) = serving(&device, &json!({}));
     assert_eq!(shown(&daemon, "Nvme0")["io_queues"], 1);
-    let socket = daemon.add_controller("v", "Nvme0n1", &json!({}));
-    let mut exercise = exercise(&socket, 2);
     let span = exercise.sectors_count();
     exercise.random_for(Duration::from_millis(1000), span, 64, |_| false);
     exercise.drain();
@@ -185,52 +223,7 @@ fn one_queue_for_two_reactors_is_crossed_to() {
     let facts =
         &daemon.call("bdev_get_bdevs", &json!({"name": "Nvme0n1"}))[0]["driver_specific"]["facts"];
     assert!(facts["crossed_requests"].as_u64().is_some_and(|count| count > 0), "{facts}");
-    device.assert_content();
-    daemon.stop();
-}
-
-#[test]
-fn a_reset_in_mid_load_loses_nothing() {
-    let device = Device::new();
-    let daemon = two_reactors(50);
-    attach(&daemon, "Nvme0", &device, &json!({}));
-    let socket = daemon.add_controller("v", "Nvme0n1", &json!({}));
-    let mut exercise = exercise(&socket, 2);
-    let span = exercise.sectors_count();
-    for round in 1..=4 {
-        let mut rpc = daemon.rpc();
-        exercise.random_for(Duration::from_millis(150), span, 64, |_| false);
-        rpc.send("bdev_nvme_reset_controller", &json!({"name": "Nvme0"}));
-        exercise.random_for(Duration::from_millis(300), span, 64, |_| false);
-        exercise.drain();
-        assert_eq!(rpc.answer(), Ok(json!(true)));
-        let counters = shown(&daemon, "Nvme0")["counters"].clone();
-        assert_eq!(counters["resets"], round, "{counters}");
-    }
-    exercise.verify();
-    assert_eq!(shown(&daemon, "Nvme0")["state"], "enabled");
-    device.assert_content();
-    daemon.stop();
-}
-
-#[test]
-fn a_command_without_an_answer_is_aborted_and_the_guest_goes_on() {
-    let device = Device::new();
-    let daemon = two_reactors(50);
-    let options = json!({"timeout_us": 300_000});
-    attach(&daemon, "Nvme0", &device, &options);
-    let socket = daemon.add_controller("v", "Nvme0n1", &json!({}));
-    let mut exercise = exercise(&socket, 2);
-    let span = exercise.sectors_count();
-    device.control.rule(Match::io(nvm::READ).times(3), Action::Swallow);
-    exercise.random_for(Duration::from_secs(1), span, 64, |_| false);
-    exercise.drain();
-    exercise.verify();
-    let counters = shown(&daemon, "Nvme0")["counters"].clone();
-    assert!(counters["timeouts"].as_u64() >= Some(3), "{counters}");
-    assert!(counters["aborts"].as_u64() >= Some(1), "{counters}");
-    device.assert_content();
-    daemon.stop();
+    end(&device, daemon);
 }
 
 /// Reads sector 0 until it fails.
@@ -246,135 +239,9 @@ fn fails_soon(exercise: &mut Exercise) -> bool {
 }
 
 #[test]
-fn a_device_that_dies_in_mid_load_fails_its_own_guests_only() {
-    let device = Device::new();
-    let daemon = two_reactors(50);
-    attach(&daemon, "Nvme0", &device, &json!({"timeout_us": 500_000}));
-    let victim = daemon.add_controller("victim", "Nvme0n1", &json!({}));
-    let mut neighbour = exercise(&daemon.add_malloc("ram", DISK_BYTES, 512), 2);
-    let mut exercise = exercise(&victim, 2);
-    let span = exercise.sectors_count();
-    exercise.random_for(Duration::from_millis(300), span, 64, |_| false);
-    exercise.tolerates_errors = true;
-    let (dir, media) = device.kill();
-    let died = Instant::now();
-    // Everything that is out comes back, with or without an error, while the neighbour works as ever.
-    while exercise.inflight_count() > 0 || !fails_soon(&mut exercise) {
-        exercise.kick();
-        exercise.poll();
-        neighbour.random_rounds(8, 4096, 16);
-        assert!(died.elapsed() < WAIT_MAX, "{exercise}");
-    }
-    assert!(wait_for(WAIT_MAX, || controllers_count(&daemon) == 0), "it is still listed");
-    assert!(died.elapsed() < Duration::from_secs(15), "it took {:?}", died.elapsed());
-    assert!(!has_bdev(&daemon, "Nvme0n1"));
-    neighbour.drain();
-    neighbour.verify();
-    let saved = daemon.call("framework_get_config", &json!({"name": "bdev"}));
-    assert_eq!(saved.as_array().expect("calls").len(), 1, "only the RAM disk: {saved}");
-    drop(exercise);
-    daemon.call("vhost_delete_controller", &json!({"ctrlr": "victim"}));
-
-    // The process comes back: the same name again, and what was written is there.
-    let device = Device::over(dir, ModelOptions::default(), &[9], media);
-    assert_eq!(attach(&daemon, "Nvme0", &device, &json!({})), ["Nvme0n1"]);
-    let socket = daemon.add_controller("victim", "Nvme0n1", &json!({}));
-    let mut exercise = self::exercise(&socket, 2);
-    exercise.one(Op::WriteZeroes(true), 0, 128);
-    for lba in 0..64 {
-        exercise.one(Op::Write, lba, 1);
-    }
-    for lba in 0..64 {
-        exercise.one(Op::Read, lba, 2);
-    }
-    device.assert_content();
-    daemon.stop();
-}
-
-#[test]
-fn detaching_under_a_guest_gives_it_errors_and_frees_the_name() {
-    let device = Device::new();
-    let daemon = two_reactors(50);
-    attach(&daemon, "Nvme0", &device, &json!({}));
-    let socket = daemon.add_controller("v", "Nvme0n1", &json!({}));
-    let mut exercise = exercise(&socket, 2);
-    let span = exercise.sectors_count();
-    exercise.random_for(Duration::from_millis(200), span, 64, |_| false);
-    exercise.tolerates_errors = true;
-    let mut rpc = daemon.rpc();
-    rpc.send("bdev_nvme_detach_controller", &json!({"name": "Nvme0"}));
-    exercise.random_for(Duration::from_millis(500), span, 64, |_| false);
-    exercise.drain();
-    assert_eq!(rpc.answer(), Ok(json!(true)));
-    assert!(fails_soon(&mut exercise));
-    assert!(!has_bdev(&daemon, "Nvme0n1"));
-    assert!(wait_for(WAIT_MAX, || controllers_count(&daemon) == 0));
-    assert_eq!(device.control.mapped_count(), 0, "no memory is left to the device");
-    assert_eq!(attach(&daemon, "Nvme0", &device, &json!({})), ["Nvme0n1"]);
-    device.assert_content();
-    daemon.stop();
-}
-
-#[test]
-fn a_device_that_answers_nothing_does_not_keep_the_daemon() {
-    let device = Device::new();
-    let daemon = two_reactors(50);
-    attach(&daemon, "Nvme0", &device, &json!({"timeout_us": 0}));
-    let socket = daemon.add_controller("v", "Nvme0n1", &json!({}));
-    let mut exercise = exercise(&socket, 2);
-    device.control.rule(Match::any_io(), Action::Swallow);
-    exercise.tolerates_errors = true;
-    for lba in 0..8 {
-        assert!(exercise.begin(Op::Read, 0, lba, 1));
-    }
-    exercise.kick();
-    assert!(wait_for(WAIT_MAX, || device.control.held() == 8), "the commands arrive");
-    let began = Instant::now();
-    daemon.stop();
-    assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
-    assert_eq!(device.control.mapped_count(), 0);
-}
-
-#[test]
-fn namespaces_come_go_and_grow_under_guests() {
-    let device = Device::new();
-    let daemon = two_reactors(50);
-    attach(&daemon, "Nvme0", &device, &json!({}));
-    let socket = daemon.add_controller("v", "Nvme0n1", &json!({}));
-    let mut exercise = exercise(&socket, 2);
-    exercise.one(Op::Write, 0, 8);
-
-    let medium = Medium::ram(DISK_BYTES).expect("memory");
-    device.control.attach_namespace(ModelNamespace::new(2, 12, DISK_BYTES >> 12, medium));
-    assert!(wait_for(WAIT_MAX, || has_bdev(&daemon, "Nvme0n2")), "no bdev for a new namespace");
-    let second = daemon.add_controller("w", "Nvme0n2", &json!({}));
-    let mut other = self::exercise(&second, 2);
-    other.one(Op::Write, 0, 8);
-    other.one(Op::Read, 0, 8);
-
-    device.control.resize_namespace(1, DISK_BYTES / 512 / 2);
-    let blocks =
-        || daemon.call("bdev_get_bdevs", &json!({"name": "Nvme0n1"}))[0]["num_blocks"].as_u64();
-    assert!(wait_for(WAIT_MAX, || blocks() == Some(DISK_BYTES / 512 / 2)), "{:?}", blocks());
-    let told = || exercise.client.capacity_now().expect("a config");
-    assert!(wait_for(WAIT_MAX, || told() == DISK_BYTES / 2), "the guest is told {}", told());
-    assert!(!exercise.succeeds(Op::Read, DISK_BYTES / 512 - 1, 1), "beyond the end");
-    exercise.one(Op::Read, 0, 8);
-
-    device.control.detach_namespace(2);
-    assert!(wait_for(WAIT_MAX, || !has_bdev(&daemon, "Nvme0n2")), "it stays");
-    assert!(fails_soon(&mut other));
-    exercise.one(Op::Read, 0, 8);
-    let saved = daemon.call("framework_get_config", &json!({"name": "vhost_blk"}));
-    assert_eq!(saved.as_array().expect("calls").len(), 1, "{saved}");
-    device.assert_content();
-    daemon.stop();
-}
-
-#[test]
 fn the_daemons_answers_tell_what_cannot_be_attached() {
     let device = Device::new();
-    let daemon = two_reactors(50);
+    let daemon = two_reactors();
     let fail = |params: &Value| {
         daemon.rpc().try_call("bdev_nvme_attach_controller", params).expect_err("refused")
     };
@@ -447,10 +314,8 @@ fn a_configuration_file_attaches_and_shows_a_namespace() {
     let daemon = Daemon::with(["-m", "3", "--config", saved_file.to_str().expect("UTF-8")]);
     assert_eq!(shown(&daemon, "Nvme0")["io_queues"], 1);
     assert_eq!(self::saved(&daemon), saved);
-    let client = connect(&daemon.socket("vm1"), 2, 32, SLOT_BYTES);
-    Exercise::with_stamps(client, 32, seed(0x00a7_7ac4), stamps).verify();
-    device.assert_content();
-    daemon.stop();
+    exercise_again(&daemon.socket("vm1"), 2, Some(stamps)).verify();
+    end(&device, daemon);
 
     // A device that is not there is one line, and nothing is served.
     let (gone, _) = device.kill();
@@ -472,7 +337,7 @@ fn a_configuration_file_attaches_and_shows_a_namespace() {
 #[test]
 fn a_guest_of_an_image_beside_an_nvme_disk_is_not_confused_with_it() {
     let device = Device::new();
-    let daemon = two_reactors(50);
+    let daemon = two_reactors();
     attach(&daemon, "Nvme0", &device, &json!({}));
     let image: PathBuf = daemon.dir().join("image");
     set_len(&image, DISK_BYTES);
@@ -489,6 +354,5 @@ fn a_guest_of_an_image_beside_an_nvme_disk_is_not_confused_with_it() {
     for one in &mut both {
         one.verify();
     }
-    device.assert_content();
-    daemon.stop();
+    end(&device, daemon);
 }
