@@ -214,7 +214,20 @@ fn an_nvme_controller_is_attached_shown_to_a_guest_and_detached() {
     assert!(good(&daemon, &["nvme", "list"]).contains("no NVMe controllers"));
     let said = good(&daemon, &["nvme", "attach", "Nvme0", "--pci", "01:00.0", "--queues", "2"]);
     assert!(said.starts_with("controller Nvme0 is there with Nvme0n1; "), "{said}");
-    good(&daemon, &["nvme", "attach", "Nvme1", "--vfio-user", "/run/vfu/1", "--timeout-ms", "0"]);
+    good(
+        &daemon,
+        &[
+            "nvme",
+            "attach",
+            "Nvme1",
+            "--vfio-user",
+            "/run/vfu/1",
+            "--timeout-ms",
+            "0",
+            "--timeout-admin-ms",
+            "70",
+        ],
+    );
     let added = good(&daemon, &["disk", "add", "vm1", "--bdev", "Nvme0n1", "--pin", "off"]);
     assert_eq!(added, "disk vm1 is there; its guest connects to /dir/vm1\n");
     let shown = good(&daemon, &["call", "vhost_get_controllers"]);

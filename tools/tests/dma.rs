@@ -10,7 +10,7 @@ mod frontend;
 mod host;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use frontend::*;
@@ -39,6 +39,8 @@ enum Mood {
     /// Waits until the mood is another one.
     Waits,
     Refuses,
+    /// Is closed: the device is being lost, and nobody has said so yet.
+    Gone,
 }
 
 #[derive(Debug)]
@@ -114,6 +116,9 @@ impl DmaDomain for Watch {
             book = self.changed.wait(book).unwrap();
         }
         let device = "watch".to_owned();
+        if book.mood == Mood::Gone {
+            return Err(DmaError::Gone { device });
+        }
         if book.mood == Mood::Refuses {
             let (need_bytes, limit) = (4_567_000, "8192 bytes".to_owned());
             return Err(DmaError::Memlock { device, need_bytes, limit });
@@ -270,6 +275,13 @@ impl Rig {
 
     fn remove_bdev(&self) {
         self.host.order(|_, registry| drop(registry.remove("watched")));
+    }
+
+    /// Whether no ring can use it any more.
+    fn has_lost_bdev(&self) -> bool {
+        let (answer, answered) = mpsc::channel();
+        self.host.order(move |_, registry| drop(answer.send(registry.get("watched").is_err())));
+        answered.recv_timeout(WAIT_MAX).expect("an answer")
     }
 
     /// Each session: whether its rings may run, and whether its memory is pinned.
@@ -610,6 +622,27 @@ fn a_bdev_that_goes_while_memory_is_mapped_lets_rings_answer() {
     load.run(&data, 50);
     assert_eq!(load.failed_count, load.completed_count);
     load.drain(&[&data]);
+    drop(front);
+    rig.end();
+}
+
+#[test]
+fn who_comes_while_the_device_is_being_lost_stays_and_gets_errors() {
+    let rig = Rig::start(false);
+    rig.watch.set(Mood::Gone);
+    let (mut front, mut load, data) = rig.prepared();
+    load.tolerates_errors = true;
+    front.start(&load.ring, 0);
+    rig.watch.asked(1);
+    // More memory, which a front-end must be able to add to a running device.
+    let more = Memory::new(MORE_GUEST, DATA_LEN);
+    front.add_memory(&more);
+    rig.remove_bdev();
+    assert!(wait_for(|| rig.has_lost_bdev()));
+    load.run(&data, 50);
+    assert_eq!(load.failed_count, load.completed_count);
+    load.drain(&[&data]);
+    assert_eq!(rig.watch.counts(), (0, 0));
     drop(front);
     rig.end();
 }

@@ -60,7 +60,10 @@ pub(super) struct AttachArgs {
     /// How long a read, write or flush may take; 0: for ever [default: 30000, or what the daemon was told]
     #[arg(long, value_name = "MS")]
     timeout_ms: Option<u32>,
-    /// What happens then: none, abort or reset [default: abort, or what the daemon was told]
+    /// How long any other command to the controller may take [default: 10000, or what the daemon was told]
+    #[arg(long, value_name = "MS")]
+    timeout_admin_ms: Option<u32>,
+    /// What happens to a late read, write or flush: none, abort or reset [default: abort, or what the daemon was told]
     #[arg(long, value_name = "ACTION", value_parser = clap::builder::PossibleValuesParser::new(ACTIONS))]
     action_on_timeout: Option<String>,
 }
@@ -94,8 +97,12 @@ fn attach(context: &mut Context<'_>, args: &AttachArgs) -> Result<(), CtlError> 
     if let Some(depth) = args.queue_depth {
         params.insert("io_queue_requests".to_owned(), depth.into());
     }
-    if let Some(timeout_ms) = args.timeout_ms {
-        params.insert("timeout_us".to_owned(), (u64::from(timeout_ms) * 1000).into());
+    for (param, timeout_ms) in
+        [("timeout_us", args.timeout_ms), ("timeout_admin_us", args.timeout_admin_ms)]
+    {
+        if let Some(timeout_ms) = timeout_ms {
+            params.insert(param.to_owned(), (u64::from(timeout_ms) * 1000).into());
+        }
     }
     if let Some(action) = &args.action_on_timeout {
         params.insert("action_on_timeout".to_owned(), action.clone().into());
