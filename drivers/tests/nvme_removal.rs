@@ -25,10 +25,10 @@ use ringmill_drivers::pci::{DeviceNews, PciBacking, PciError};
 const CLOSE: Duration = Duration::from_secs(2);
 
 /// What all of it may take: 5 s, and what a busy machine adds.
-const BOUND: Duration = Duration::from_secs(6);
+const BOUND: Duration = Duration::from_secs(7);
 
 /// The same where nothing but closing and a reactor at the very end is waited for: 3 s and what a busy machine adds.
-const BOUND_SOON: Duration = Duration::from_secs(5);
+const BOUND_SOON: Duration = Duration::from_secs(6);
 
 /// A model whose function reset does not come back and whose close takes as long as it may.
 #[derive(Debug)]

@@ -277,11 +277,16 @@ impl Rig {
         self.host.order(|_, registry| drop(registry.remove("watched")));
     }
 
+    /// Waits until the control thread has heard that it goes.
+    fn removal_is_heard(&self) {
+        assert!(wait_for(|| self.host.ask(|controller| controller.bdev().is_none())));
+    }
+
     /// Whether no ring can use it any more.
     fn has_lost_bdev(&self) -> bool {
         let (answer, answered) = mpsc::channel();
-        self.host.order(move |_, registry| drop(answer.send(registry.get("watched").is_err())));
-        answered.recv_timeout(WAIT_MAX).expect("an answer")
+        self.host.order(move |_, registry| drop(answer.send(registry.get("watched").map(drop))));
+        answered.recv_timeout(WAIT_MAX).expect("an answer").is_err()
     }
 
     /// Each session: whether its rings may run, and whether its memory is pinned.
@@ -617,7 +622,7 @@ fn a_bdev_that_goes_while_memory_is_mapped_lets_rings_answer() {
     front.start(&load.ring, 0);
     rig.watch.asked(1);
     rig.remove_bdev();
-    std::thread::sleep(MOMENT);
+    rig.removal_is_heard();
     rig.watch.set(Mood::Refuses);
     load.run(&data, 50);
     assert_eq!(load.failed_count, load.completed_count);
@@ -687,7 +692,7 @@ fn a_bdev_that_goes_while_memory_is_added_ends_that_without_a_refusal() {
         front.send_add_memory(&more);
         rig.watch.asked(3);
         rig.remove_bdev();
-        std::thread::sleep(MOMENT);
+        rig.removal_is_heard();
         rig.watch.set(mood);
         front.added();
         let maps = if mood == Mood::Takes { 3 } else { 2 };

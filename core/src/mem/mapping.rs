@@ -185,7 +185,7 @@ impl Mapping {
     }
 
     /// Zeroed memory of our own that devices in other processes can be given, page aligned. Its file is sealed: whoever gets
-    /// it can change its bytes and not its length, and so not take pages away under us (a SIGBUS).
+    /// it can change its bytes, or make them zeroes, and not its length: nothing that we touch is a SIGBUS.
     ///
     /// # Errors
     /// Zero length, or the kernel's refusal.

@@ -248,6 +248,7 @@ impl<B: PciBacking> NvmeControl for Handle<B> {
 
     fn detach(&self) {
         if self.common.begin_detach() {
+            self.common.backing.hurry_up();
             // A thread that has ended has done it already.
             let _ = self.common.ask(Request::Detach);
         }

@@ -312,11 +312,11 @@ impl<R: Registers> Channel for NvmeChannel<R> {
         !self.ready.is_empty()
     }
 
-    #[cold]
     fn device(&self) -> Option<DeviceSlot> {
         self.slot
     }
 
+    #[cold]
     fn close(&mut self, io: &mut IoCx) {
         let pair = self.slot.and_then(|slot| io.devices.get_mut::<QueuePair<R>>(slot));
         if let (Some(pair), Some(member)) = (pair, self.member.take()) {

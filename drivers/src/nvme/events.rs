@@ -28,7 +28,11 @@ pub(super) struct Unread {
 }
 
 impl Unread {
+    /// One that is waiting already changes nothing: a device that sends it again and again is asked no more often.
     fn add(&mut self, event: Event) {
+        if self.events.contains(&event) && self.due.is_some() {
+            return;
+        }
         if !self.events.contains(&event) && self.events.len() < EVENTS_KEPT_MAX {
             self.events.push(event);
         }
@@ -96,7 +100,10 @@ impl<B: PciBacking> Keeper<B> {
         let mut refused = Vec::new();
         for event in events {
             let Err(error) = self.heed(event) else { continue };
-            tracing::warn!("{}: {error}", self.name());
+            // The first time is enough for the log.
+            if self.unread.tries == 0 || refused_with(&error).is_none() {
+                tracing::warn!("{}: {error}", self.name());
+            }
             if refused_with(&error).is_none() {
                 // The reset that this ends in asks for all that matters.
                 self.after_failure(&error);
@@ -109,7 +116,9 @@ impl<B: PciBacking> Keeper<B> {
         }
         if !refused.is_empty() && !self.unread.put_back(refused) {
             let name = self.name();
-            tracing::error!("{name}: its events cannot be read; they come again after a reset");
+            tracing::error!(
+                "{name}: its events cannot be read; they are asked for again after a reset or the next event"
+            );
         }
         // Also after a refusal: events of other kinds come.
         self.controller.admin.rearm(&self.controller.bar);

@@ -106,7 +106,8 @@ impl<B: PciBacking> Keeper<B> {
             (_, true) => LOOK_BUSY,
             _ => LOOK_IDLE,
         };
-        let pause = self.unread.due_in().map_or(pause, |due| due.min(pause));
+        let unread = self.unread.due_in().filter(|_| !self.lost);
+        let pause = unread.map_or(pause, |due| due.min(pause));
         let timeout = Timespec {
             tv_sec: i64::try_from(pause.as_secs()).unwrap_or(1),
             tv_nsec: i64::from(pause.subsec_nanos()),

@@ -149,6 +149,9 @@ pub trait PciBacking: Send + Sync + fmt::Debug + 'static {
     /// The next piece of news. Does not block.
     fn news(&self) -> Option<DeviceNews>;
 
+    /// Somebody waits for the end of the device: waits that are generous because guests would lose by it end soon.
+    fn hurry_up(&self) {}
+
     /// Keeps the device from memory at once, if that can be proved here without waiting: the first part of
     /// [`PciBacking::close`], whose other parts may take long. True when it reaches none from now on.
     fn silence(&self) -> bool {

@@ -368,11 +368,14 @@ impl PciBacking for VfioDevice {
 
     fn news(&self) -> Option<DeviceNews> {
         let news = self.events.next()?;
+        // While its function is reset the kernel lets nobody look, for as long as that takes.
+        let Ok(_no_reset) = self.resetting.try_read() else { return Some(news) };
         Some(if self.is_present() { news } else { DeviceNews::Gone })
     }
 
     /// The command register is read back, and what the device wrote before that answer has arrived before it.
     fn silence(&self) -> bool {
+        let Ok(_no_reset) = self.resetting.try_read() else { return false };
         self.set_bus_master(false).is_ok()
     }
 

@@ -84,6 +84,8 @@ struct Calls {
     /// Commands for memory without an answer, and when the last of them was answered, or has to be.
     long_count: usize,
     long_end: Option<Instant>,
+    /// Since when somebody waits for the end of the connection: nobody waits long any more.
+    hurried: Option<Instant>,
 }
 
 /// See the module.
@@ -169,7 +171,10 @@ impl Connection {
         fds: &[BorrowedFd<'_>],
     ) -> Result<Message, CallError> {
         let asked = Instant::now();
-        let deadline = |calls: &Calls| calls.long_end.unwrap_or(asked).max(asked) + self.patience;
+        let deadline = |calls: &Calls| {
+            let behind = calls.long_end.unwrap_or(asked).clamp(asked, asked + self.long_patience);
+            self.hurry(calls, asked, behind + self.patience)
+        };
         self.call_while(command, payload, fds, deadline)
     }
 
@@ -183,19 +188,34 @@ impl Connection {
         payload: &[u8],
         fds: &[BorrowedFd<'_>],
     ) -> Result<Message, CallError> {
-        let deadline = Instant::now() + self.long_patience;
+        let asked = Instant::now();
+        let deadline = asked + self.long_patience;
         {
             let mut calls = lock(&self.calls);
             calls.long_count += 1;
             calls.long_end = calls.long_end.max(Some(deadline));
         }
-        let answer = self.call_until(command, payload, fds, deadline);
+        let deadline = |calls: &Calls| self.hurry(calls, asked, deadline);
+        let answer = self.call_while(command, payload, fds, deadline);
         let mut calls = lock(&self.calls);
         calls.long_count -= 1;
         if calls.long_count == 0 {
             calls.long_end = Some(Instant::now());
+            // Whoever waited behind it waits for less now.
+            self.answered.notify_all();
         }
         answer
+    }
+
+    /// The deadline, or an earlier one where somebody waits for the end.
+    fn hurry(&self, calls: &Calls, asked: Instant, deadline: Instant) -> Instant {
+        calls.hurried.map_or(deadline, |since| deadline.min(since.max(asked) + self.patience))
+    }
+
+    /// From now on every answer has the time of an ordinary one.
+    pub(super) fn hurry_up(&self) {
+        lock(&self.calls).hurried.get_or_insert_with(Instant::now);
+        self.answered.notify_all();
     }
 
     /// The same with a deadline of the caller's.

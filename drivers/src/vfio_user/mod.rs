@@ -534,6 +534,10 @@ impl PciBacking for VfioUserBacking {
         take_signal(&self.requested).then_some(DeviceNews::Requested)
     }
 
+    fn hurry_up(&self) {
+        self.connection.hurry_up();
+    }
+
     fn close(&self) {
         if self.closed.swap(true, Ordering::AcqRel) {
             return;

@@ -1,6 +1,7 @@
 //! Bringing a device up has an end, whatever its server does to put it off.
 
 use std::io::Write;
+use std::sync::mpsc;
 use std::time::Duration;
 
 use super::super::protocol::{Header, flags};
@@ -48,7 +49,7 @@ fn a_server_that_is_always_just_in_time_is_cut_off_at_the_end_of_the_attempt() {
     assert_gone(connect(&fake, HOUR, &token));
     assert_eq!(token.ended(), Some(Ended::Late));
     let asked = fake.end().seen.len();
-    assert!((1..=3).contains(&asked), "asked {asked} times");
+    assert!(asked <= 3, "asked {asked} times");
 }
 
 #[test]
@@ -61,17 +62,21 @@ fn a_server_that_dribbles_its_answer_is_cut_off() {
         let token = CancelToken::new(Some(attempt));
         assert_gone(connect(&fake, answer, &token));
         assert_eq!(token.ended().is_some(), attempt < HOUR);
-        assert_eq!(fake.end().seen.len(), 1);
+        assert!(fake.end().seen.len() <= 1);
     }
 }
 
 #[test]
 fn an_attempt_is_cancelled_while_its_server_is_silent() {
-    let fake = fake(|_, _| Next::Done);
+    let (asks, asked) = mpsc::channel();
+    let fake = fake(move |_, _| {
+        asks.send(()).unwrap();
+        Next::Done
+    });
     let token = CancelToken::default();
     std::thread::scope(|scope| {
         let attempt = scope.spawn(|| connect(&fake, HOUR, &token));
-        std::thread::sleep(Duration::from_millis(200));
+        asked.recv().unwrap();
         assert!(!attempt.is_finished() && token.cancel());
         assert_gone(attempt.join().unwrap());
     });

@@ -170,7 +170,8 @@ impl FrontEnd {
     /// The thread is done.
     pub(in crate::blk) fn on_mapped(&mut self, number: u64, result: Result<MemTable, NotMapped>) {
         if let Err(NotMapped::Gone(domain)) = &result {
-            // The bdev goes as well, and that will be told; until then its rings answer with errors.
+            // It reaches nothing any more, so that rings may run in any memory: what they are given ends with errors, at the
+            // latest when the bdev goes, which will be told.
             self.lost_domain = Some(Weak::clone(domain));
         }
         let is_needed = self.domain().is_some();
