@@ -21,7 +21,7 @@ use super::{NvmeError, NvmeOptions, Order, QueueShared};
 use crate::pci::PciBacking;
 
 /// How often a waiting thread looks.
-const LOOK: Duration = Duration::from_micros(200);
+pub(super) const LOOK: Duration = Duration::from_micros(200);
 
 /// The same after some time.
 const LOOK_LATER: Duration = Duration::from_millis(2);

@@ -7,7 +7,7 @@
 
 use std::time::{Duration, Instant};
 
-use ringmill_core::reactor::{DeviceKey, DeviceQueue, IoCx, Reactor, ReactorHandle};
+use ringmill_core::reactor::{DeviceKey, DeviceQueue, IoCx, Message, Reactor, ReactorHandle};
 
 use super::channel::take_out;
 use super::joint::{REMOVAL_WITHIN, Tally};
@@ -450,16 +450,23 @@ fn take_unused<R: Registers>(io: &mut IoCx, key: DeviceKey) -> Left {
 }
 
 /// Has a reactor do something, and waits for it only so long: then it is done whenever the reactor comes back, and what it
-/// answers is dropped there.
+/// answers is dropped there. A mailbox that is full is tried again meanwhile.
 fn ask_soon<T: Send + 'static>(
     reactor: &ReactorHandle,
     within: Duration,
     f: impl FnOnce(&mut Reactor) -> T + Send + 'static,
 ) -> Option<T> {
     let (sender, answer) = std::sync::mpsc::channel();
-    let message = Box::new(move |reactor: &mut Reactor| {
+    let start = Instant::now();
+    let mut message: Message = Box::new(move |reactor: &mut Reactor| {
         let _ = sender.send(f(reactor));
     });
-    reactor.try_send(message).ok()?;
-    answer.recv_timeout(within).ok()
+    while let Err(unsent) = reactor.try_send(message) {
+        if start.elapsed() >= within || reactor.is_stopped() {
+            return None;
+        }
+        message = unsent;
+        std::thread::sleep(super::pairs::LOOK);
+    }
+    answer.recv_timeout(within.saturating_sub(start.elapsed())).ok()
 }
