@@ -6,6 +6,7 @@
 //! slots were ever used at the same time (last in, first out).
 
 use super::Tag;
+use crate::mem::Table;
 
 #[derive(Debug)]
 struct Slot<T> {
@@ -16,7 +17,7 @@ struct Slot<T> {
 /// At most `capacity` values of `T`.
 #[derive(Debug)]
 pub struct Slots<T> {
-    slots: Vec<Slot<T>>,
+    slots: Table<Slot<T>>,
     free: Vec<u16>,
     capacity: usize,
     live_count: usize,
@@ -29,7 +30,7 @@ impl<T> Slots<T> {
     pub fn new(capacity: usize) -> Slots<T> {
         let capacity = capacity.min(usize::from(u16::MAX) + 1);
         Slots {
-            slots: Vec::with_capacity(capacity),
+            slots: Table::with_capacity(capacity),
             free: Vec::with_capacity(capacity),
             capacity,
             live_count: 0,
@@ -59,10 +60,7 @@ impl<T> Slots<T> {
         let slot = match self.free.pop() {
             Some(slot) => slot,
             None => match u16::try_from(self.slots.len()) {
-                Ok(slot) if self.slots.len() < self.capacity => {
-                    self.slots.push(Slot { generation: 0, value: None });
-                    slot
-                }
+                Ok(slot) if self.slots.push(Slot { generation: 0, value: None }).is_ok() => slot,
                 _ => return Err(value),
             },
         };
@@ -99,7 +97,7 @@ impl<T> Slots<T> {
     /// Every value in use with its tag.
     pub fn iter(&self) -> impl Iterator<Item = (Tag, &T)> {
         (0u16..)
-            .zip(&self.slots)
+            .zip(self.slots.iter())
             .filter_map(|(slot, e)| Some((Tag::new(slot, e.generation), e.value.as_ref()?)))
     }
 }

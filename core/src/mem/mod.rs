@@ -14,6 +14,7 @@ mod seglist;
 mod segment;
 mod shared;
 mod sigbus;
+mod table;
 mod window;
 
 pub use arena::arena;
@@ -26,4 +27,5 @@ pub use seglist::{ListsHeld, SegmentList, SegmentLists};
 pub use segment::{RegionId, Segment, as_iovecs, pieces, total_bytes};
 pub use shared::SharedSlice;
 pub use sigbus::{install_sigbus_handler, lost_mappings_count};
+pub use table::Table;
 pub use window::DeviceWindow;
